@@ -1,0 +1,87 @@
+"""Every error that nbinfer raises on purpose.
+
+Each one also inherits the built-in error a Python programmer would expect, says what was asked, what is
+possible and the fix, in a few lines.
+"""
+
+from __future__ import annotations
+
+
+class NbinferError(Exception):
+    """Base of all errors raised by nbinfer; catching it catches everything expected to go wrong."""
+
+
+class ConfigError(NbinferError, ValueError):
+    """A setting was refused when it was set: unknown name, wrong type, or out of range."""
+
+
+class RequestError(NbinferError, ValueError):
+    """A request cannot be run as it stands: an option is unknown, contradictory or out of range."""
+
+
+class NotSupported(NbinferError, NotImplementedError):  # noqa: N818 - a statement, not a failure
+    """What was asked is real, but this engine, model or platform cannot do it."""
+
+
+class ContextOverflow(RequestError):  # noqa: N818 - the field's term
+    """The prompt does not fit the context. Nothing was decoded and nothing was cut.
+
+    Attributes
+    ----------
+    prompt_tokens
+        Tokens of the rendered prompt.
+    context_size
+        Tokens that one request may use, prompt and answer together.
+    """
+
+    def __init__(self, message: str, *, prompt_tokens: int = 0, context_size: int = 0) -> None:
+        super().__init__(message)
+        self.prompt_tokens = prompt_tokens
+        self.context_size = context_size
+
+
+class TemplateError(RequestError):
+    """The model's chat template failed, or tried something that a template may not do."""
+
+
+class SchemaError(NbinferError, ValueError):
+    """The output does not satisfy the schema: cut short, or not valid.
+
+    ``raw`` holds the text as the model wrote it.
+    """
+
+    def __init__(self, message: str, *, raw: str = "") -> None:
+        super().__init__(message)
+        self.raw = raw
+
+
+class ModelNotFound(NbinferError, LookupError):  # noqa: N818 - as FileNotFoundError would read twice
+    """No such model, file or alias; the message lists the nearest names."""
+
+
+class ModelLoadError(NbinferError, RuntimeError):
+    """The engine could not load the model; the message holds the likely cause and the fix."""
+
+
+class DoesNotFit(NbinferError, MemoryError):  # noqa: N818 - the verdict's own words
+    """The model needs more memory than there is; the message names the nearest setting that fits."""
+
+
+class BackendUnavailable(NbinferError, RuntimeError):  # noqa: N818 - the status in words
+    """The backend is not installed or not usable here; the message is the exact install line."""
+
+
+class EngineError(NbinferError, RuntimeError):
+    """The engine failed while running a request."""
+
+
+class EngineClosed(EngineError):
+    """The model was unloaded while, or before, the request ran."""
+
+
+class GGUFParseError(NbinferError, ValueError):
+    """A GGUF file cannot be read: ``failed to parse GGUF: …``, with what is wrong and where."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"failed to parse GGUF: {problem}")
+        self.problem = problem

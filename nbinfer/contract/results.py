@@ -1,0 +1,183 @@
+"""What comes back: results and the events that lead to them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from nbinfer.contract import rendering
+from nbinfer.contract.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from nbinfer.contract.requests import Message
+
+FinishReason: TypeAlias = Literal["stop", "length", "interrupted", "error"]
+
+_FENCE = re.compile(r"^[ ]{0,3}(`{3,}|~{3,})[^\n]*\n(.*?)(?:^[ ]{0,3}\1[`~]*[ ]*$|\Z)", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Token counts. ``cached_tokens`` of the prompt were not computed again."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Where the time went, in seconds.
+
+    ``queue_seconds`` from submission to the first prompt token; ``prompt_seconds`` to the end of the prompt;
+    ``generation_seconds`` from there to the last token; ``first_token_seconds`` from submission to the first
+    token.
+    """
+
+    queue_seconds: float = 0.0
+    prompt_seconds: float = 0.0
+    generation_seconds: float = 0.0
+    first_token_seconds: float | None = None
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+    @property
+    def prompt_tokens_per_second(self) -> float | None:
+        """Prompt tokens computed (cached ones do not count) per second."""
+        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds > 0 else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Generated tokens per second, from the end of the prompt to the last token."""
+        # The first token comes with the prompt's last logits: n tokens take n - 1 further steps.
+        steps = self.generated_tokens - 1
+        return steps / self.generation_seconds if steps > 0 and self.generation_seconds > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One generated token, its natural-log probability, and the most likely alternatives."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The answer to one prompt.
+
+    ``text`` is the raw answer without reasoning; ``parsed`` is the typed value when a schema was given;
+    ``finish_reason`` is ``stop``, ``length``, ``interrupted`` or ``error``. ``prompt`` is the text that
+    reached the model, chat template applied; ``params`` what was asked, with the seed that was drawn.
+    """
+
+    text: str
+    reasoning: str | None = None
+    parsed: Any = None
+    finish_reason: FinishReason = "stop"
+    usage: Usage = field(default_factory=Usage)
+    timings: Timings = field(default_factory=Timings)
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    model: str = ""
+    prompt: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[Message, ...] | None = None
+    error: str | None = None
+    continue_with: Callable[..., Result] | None = field(default=None, repr=False, compare=False)
+    """Set by the model that answered; what :meth:`reply` calls."""
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def code(self) -> str | None:
+        """The first fenced code block, without its fence; None when there is none."""
+        found = _FENCE.search(self.text)
+        return found.group(2).removesuffix("\n") if found else None
+
+    def reply(self, prompt: str, **options: Any) -> Result:
+        """Continue the conversation: the messages so far, this answer, and ``prompt``.
+
+        Raises
+        ------
+        RequestError
+            The result came from a raw prompt, or was not made by a loaded model.
+        """
+        if self.continue_with is None or self.messages is None:
+            raise RequestError("this result is not part of a conversation; use m.infer(messages=[…]) instead.")
+        history = [*self.messages, {"role": "assistant", "content": self.text}, {"role": "user", "content": prompt}]
+        return self.continue_with(messages=history, **options)
+
+    def with_changes(self, **changes: Any) -> Result:
+        """Copy with some fields replaced."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON-able values (``parsed`` as it is)."""
+        skip = {"continue_with", "usage", "timings", "logprobs"}
+        out: dict[str, Any] = {k: v for k, v in self.__dict__.items() if k not in skip}
+        out["usage"] = asdict(self.usage)
+        out["timings"] = asdict(self.timings)
+        out["logprobs"] = None if self.logprobs is None else [asdict(lp) for lp in self.logprobs]
+        return out
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Any:
+        """Safe HTML and plain text, never Markdown: what a model writes must not run in the page."""
+        del include, exclude
+        return rendering.mimebundle(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingResult:
+    """Vectors, float32 of shape (texts, dimensions), and the token count of each text."""
+
+    vectors: NDArray[np.float32]
+    n_tokens: tuple[int, ...]
+    model: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankResult:
+    """Scores, float32 of shape (documents,), in the order of the documents."""
+
+    scores: NDArray[np.float32]
+    n_tokens: tuple[int, ...]
+    model: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """``done`` of ``total`` prompt tokens are in the context; ``cached`` of them came from a cache."""
+
+    done: int
+    total: int
+    cached: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text. ``n_tokens`` tokens stand behind it; ``reasoning`` text is not part of the answer."""
+
+    text: str
+    n_tokens: int = 1
+    reasoning: bool = False
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a stream."""
+
+    result: Result | EmbeddingResult | RerankResult
+
+
+Event: TypeAlias = PromptProgress | Delta | Finished

@@ -1,0 +1,1 @@
+"""Turn requests into tokens, vectors and scores: the protocol, and one engine per library."""
