@@ -1,0 +1,102 @@
+"""The llama.cpp engine: one thread owns the context and serves many sequences at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from nbinfer.contract.modes import Mode
+    from nbinfer.engines.protocol import Engine
+
+
+def open_engine(
+    path: Path,
+    *,
+    mode: Mode,
+    name: str = "",
+    context_size: int | None = None,
+    parallel: int | None = None,
+    gpu_layers: int | None = None,
+    kv_type: str | None = None,
+    threads: int | None = None,
+    batch_size: int | None = None,
+    micro_batch: int | None = None,
+    flash_attention: bool | None = None,
+    mmap: bool = True,
+    main_gpu: int | None = None,
+    tensor_split: list[float] | None = None,
+    reasoning_budget: int | None = None,
+    digest: str = "",
+    on_progress: Callable[[float], None] | None = None,
+) -> Engine:
+    """Load a GGUF file and return an engine for one mode.
+
+    Parameters
+    ----------
+    path
+        The GGUF file, or the first of a split one.
+    context_size
+        Tokens of context, shared by all sequences; -1 is the trained maximum; None is the trained maximum
+        up to 4,096.
+    parallel
+        Sequences decoded at once; None chooses by model and mode.
+    gpu_layers
+        Layers on the GPU; None is all where there is one.
+    kv_type
+        Type of the KV cache: ``f16`` (default), ``q8_0``, ``q4_0``, …
+    threads
+        CPU threads; None is the cores less one.
+    batch_size, micro_batch
+        Tokens per decode call, and per computed graph.
+    flash_attention
+        None lets llama.cpp decide.
+
+    Raises
+    ------
+    BackendUnavailable
+        llama.cpp is not installed.
+    ModelLoadError
+        The file cannot be loaded, or there is not enough memory.
+    ConfigError
+        A setting is not valid for this model.
+    """
+    from nbinfer.engines.llamacpp.context import ContextSettings
+    from nbinfer.engines.llamacpp.weights import Weights
+
+    settings = ContextSettings(
+        context_size=context_size,
+        parallel=parallel,
+        kv_type=kv_type,
+        threads=threads,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        flash_attention=flash_attention,
+    )
+    weights = Weights(
+        path,
+        gpu_layers=gpu_layers,
+        mmap=mmap,
+        main_gpu=main_gpu,
+        tensor_split=tensor_split,
+        on_progress=on_progress,
+    )
+    described: dict[str, Any] = {"name": name or path.stem, "digest": digest}
+    try:
+        if mode == "completion":
+            from nbinfer.engines.llamacpp.generate import CompletionEngine
+
+            return CompletionEngine(weights, settings, reasoning_budget=reasoning_budget, **described)
+        if mode in ("embedding", "reranking"):
+            from nbinfer.engines.llamacpp.pooled import PooledEngine
+
+            return PooledEngine(weights, settings, mode=mode, **described)
+    except BaseException:
+        weights.close()
+        raise
+    from nbinfer.contract.errors import NotSupported
+
+    weights.close()
+    raise NotSupported(f"llama.cpp does not serve mode {mode!r}: it can do completion, embedding and reranking.")

@@ -1,0 +1,117 @@
+"""Constrained decoding with llguidance: which tokens may come next."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nbinfer.contract.errors import BackendUnavailable, EngineError, RequestError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from nbinfer.contract.requests import Constraint
+    from nbinfer.engines.llamacpp.weights import Weights
+
+
+class Constrainer:
+    """Makes matchers for one model; its tokenizer table (about a second at 150,000 tokens) is built once."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._tokenizer: Any = None
+        self._lock = threading.Lock()
+
+    def matcher(self, constraint: Constraint) -> Matcher:
+        """Return a fresh matcher for one output.
+
+        Raises
+        ------
+        RequestError
+            The schema, expression or grammar is not valid.
+        BackendUnavailable
+            llguidance is not installed.
+        """
+        try:
+            import llguidance
+        except ImportError as e:
+            raise BackendUnavailable("constrained output needs llguidance.\nInstall it with: pip install llguidance") from e
+        try:
+            grammar = _grammar(constraint)
+            problem = llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer_of(llguidance))
+        except (ValueError, TypeError) as e:
+            problem = str(e)
+        if problem:
+            raise RequestError(f"the {constraint.kind.replace('_', ' ')} cannot be used as a constraint: {problem[:300]}")
+        return Matcher(llguidance.LLMatcher(self._tokenizer, grammar), self._weights)
+
+    def _tokenizer_of(self, llguidance: Any) -> Any:
+        with self._lock:
+            if self._tokenizer is None:
+                from llguidance.llamacpp import lltokenizer_from_vocab
+
+                ends = sorted(self._weights.end_tokens)
+                self._tokenizer = lltokenizer_from_vocab(self._weights.vocab, eos_token=ends or None)
+                del llguidance
+            return self._tokenizer
+
+
+class Matcher:
+    """Follows one output through its grammar."""
+
+    def __init__(self, matcher: Any, weights: Weights) -> None:
+        self._matcher = matcher
+        self._n_vocab = weights.n_vocab
+        self._ends = weights.end_tokens
+        self._words = np.empty((weights.n_vocab + 31) // 32, np.int32)
+
+    def mask(self, logits: NDArray[np.float32]) -> None:
+        """Set the logits of tokens that may not come next to minus infinity, in place."""
+        self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+        self._check()
+        allowed = np.unpackbits(self._words.view(np.uint8), bitorder="little")[: self._n_vocab]
+        logits[allowed == 0] = -np.inf
+
+    def accept(self, token: int) -> None:
+        """Take a chosen token."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but the end can follow."""
+        return bool(self._matcher.is_stopped())
+
+    @property
+    def accepting(self) -> bool:
+        """Whether the output so far is whole."""
+        return bool(self._matcher.is_accepting() or self._matcher.is_stopped())
+
+    def forced(self) -> list[int]:
+        """Tokens that are the only possible continuation; take them with :meth:`accept`."""
+        return [t for t in self._matcher.compute_ff_tokens() if t not in self._ends]
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise EngineError(f"the constraint failed while decoding: {self._matcher.get_error()[:300]}")
+
+
+def _grammar(constraint: Constraint) -> str:
+    from llguidance import LLMatcher, gbnf_to_lark
+
+    kind, value = constraint.kind, constraint.value
+    if kind == "json_schema":
+        return str(LLMatcher.grammar_from_json_schema(value))
+    if kind == "json":
+        return str(LLMatcher.grammar_from_json_schema({"type": "object"}))
+    if kind == "choices":
+        options = " | ".join(json.dumps(str(c)) for c in value)
+        return str(LLMatcher.grammar_from_lark(f"start: {options}"))
+    if kind == "regex":
+        return str(LLMatcher.grammar_from_regex(value))
+    if "::=" in value:
+        value = gbnf_to_lark.any_to_lark(value)
+    return str(LLMatcher.grammar_from_lark(value))

@@ -1,0 +1,624 @@
+"""Text generation: a scheduler that decodes many sequences at once.
+
+One thread owns the llama.cpp context. Each step it takes one token for every sequence that is generating and
+fills the rest of the batch with pieces of waiting prompts, runs one decode, and samples. Callers only put
+requests in and read streams.
+
+Prompts share what they have in common: a finished sequence stays in its slot until the slot is needed, and a
+new prompt starts from the longest prefix that any slot holds. Rows that arrive together wait for the first
+of them to compute the prefix they share.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nbinfer.contract.errors import ContextOverflow, EngineClosed, EngineError, NbinferError, NotSupported, SchemaError
+from nbinfer.contract.modes import Mode
+from nbinfer.contract.results import Delta, Finished, PromptProgress, Result, Timings, TokenLogprob, Usage
+from nbinfer.engines.llamacpp.constrain import Constrainer
+from nbinfer.engines.llamacpp.context import ABORTED, NO_SPACE, Context, engine_version
+from nbinfer.engines.llamacpp.sampling import Sampler, logprob_of
+from nbinfer.engines.protocol import EngineInfo, EngineLoad
+from nbinfer.engines.stream import Stream
+from nbinfer.engines.template import ChatTemplate
+from nbinfer.engines.text import THINK_OPEN, TextAssembler
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from nbinfer.contract.requests import CompletionRequest, Request
+    from nbinfer.contract.results import FinishReason
+    from nbinfer.engines.llamacpp.context import ContextSettings
+    from nbinfer.engines.llamacpp.weights import Weights
+
+DEFAULT_PARALLEL = 8
+MIN_SHARED = 8
+"""Shorter common prefixes are not worth waiting for."""
+STEP_SECONDS = 0.2
+"""A prompt piece is sized to take about this long, so that cells stay responsive beside a batch."""
+MIN_CHUNK = 32
+BATCH_TURN = 3
+"""While somebody waits at a cell, batch rows take part in every third step."""
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One request on its way through the engine."""
+
+    request: CompletionRequest
+    stream: Stream
+    prompt: NDArray[np.int32]
+    prompt_text: str
+    sampler: Sampler
+    assembler: TextAssembler
+    seed: int
+    limit: int
+    submitted: float
+    generated: list[int] = field(default_factory=list)
+    answer: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    slot: int = -1
+    position: int = 0
+    cached: int = 0
+    started: float | None = None
+    prompt_done: float | None = None
+    last_token: float | None = None
+
+    @property
+    def interactive(self) -> bool:
+        return self.request.priority == "interactive"
+
+    @property
+    def length(self) -> int:
+        """Tokens known so far: prompt and answer."""
+        return len(self.prompt) + len(self.generated)
+
+    @property
+    def generating(self) -> bool:
+        """Whether all but the newest token is in the context."""
+        return bool(self.generated) and self.position == self.length - 1
+
+    def tokens(self, start: int, stop: int) -> NDArray[np.int32]:
+        """Tokens ``start`` to ``stop`` of prompt and answer together, int32."""
+        n = len(self.prompt)
+        if stop <= n:
+            return self.prompt[start:stop]
+        tail = np.array(self.generated[max(0, start - n) : stop - n], np.int32)
+        return tail if start >= n else np.concatenate([self.prompt[start:], tail])
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """A place for one sequence in the context, and what its memory holds."""
+
+    index: int
+    sequence: Sequence | None = None
+    held: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    released: float = 0.0
+
+
+class CompletionEngine:
+    """Serves completions of one model. See the module's description."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        settings: ContextSettings,
+        *,
+        name: str,
+        digest: str = "",
+        reasoning_budget: int | None = None,
+    ) -> None:
+        self._weights = weights
+        # A recurrent state is paid for per sequence; elsewhere a sequence costs one row of logits.
+        parallel = settings.parallel or (1 if weights.has_recurrent_state else DEFAULT_PARALLEL)
+        self._context = Context(weights, settings, parallel=parallel)
+        self._name = name
+        self._reasoning_budget = reasoning_budget
+        self._shares_prefixes = weights.has_exact_prefixes
+        self._constrainer = Constrainer(weights)
+        source = weights.chat_template()
+        self._template = (
+            ChatTemplate(source, bos_token=weights.special_text("bos"), eos_token=weights.special_text("eos"))
+            if source
+            else None
+        )
+        self.info = EngineInfo(
+            backend="llamacpp",
+            model=name,
+            mode=Mode.COMPLETION,
+            context_size=self._context.size,
+            trained_context_size=weights.trained_context_size,
+            parallel=parallel,
+            digest=digest,
+            version=engine_version(),
+            effective=self._context.effective(),
+        )
+        self._slots = [Slot(i) for i in range(parallel)]
+        self._wake = threading.Condition()
+        self._inbox: deque[Sequence] = deque()
+        self._waiting: deque[Sequence] = deque()
+        self._cancelled: set[Stream] = set()
+        self._in_flight: frozenset[Stream] = frozenset()
+        self._closing = False
+        self._step = 0
+        self._prompt_rate = 0.0
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+        self._thread = threading.Thread(target=self._run, name=f"nbinfer-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def context_pointer(self) -> Any:
+        """llama.cpp's own context, for its memory breakdown."""
+        return self._context.pointer
+
+    # -- callers' side ----------------------------------------------------------------------------------
+
+    def render(self, request: CompletionRequest) -> tuple[str, int]:
+        """Return the exact prompt and its length in tokens; runs nothing."""
+        text, tokens = self._prompt_of(request)
+        return text, len(tokens)
+
+    def submit(self, request: Request) -> Stream:
+        """Start a completion. See :meth:`nbinfer.engines.protocol.Engine.submit`."""
+        from nbinfer.contract.requests import CompletionRequest
+
+        if not isinstance(request, CompletionRequest):
+            raise NotSupported(
+                f"{self._name} is loaded for completion; load it with mode='embedding' or mode='reranking' for that.",
+            )
+        if request.n != 1:
+            raise NotSupported("one request gives one answer here: submit it n times with different seeds.")
+        if request.images:
+            raise NotSupported(f"{self._name} is loaded without a vision projector: it cannot take images.")
+        text, tokens = self._prompt_of(request)
+        self._check_length(len(tokens))
+        room = self.info.context_size - len(tokens)
+        seed = secrets.randbits(32) if request.sampling.seed is None else request.sampling.seed
+        matcher = self._constrainer.matcher(request.constraint) if request.constraint else None
+        opened = request.messages is not None and text.rstrip().endswith(THINK_OPEN)
+        sequence = Sequence(
+            request=request,
+            stream=Stream(),
+            prompt=tokens,
+            prompt_text=text,
+            sampler=Sampler(request.sampling, seed=seed, n_vocab=self._weights.n_vocab, matcher=matcher),
+            assembler=TextAssembler(
+                request.stop,
+                reasoning=request.messages is not None and matcher is None,
+                inside_reasoning=opened and matcher is None,
+            ),
+            seed=seed,
+            limit=min(room, request.max_tokens or room),
+            submitted=time.perf_counter(),
+        )
+        stream = sequence.stream = Stream(on_cancel=lambda: self._cancel(stream))
+        with self._wake:
+            if self._closing:
+                sequence.sampler.close()
+                raise EngineClosed(f"{self._name} was unloaded; load it again with nb.load.")
+            self._inbox.append(sequence)
+            self._wake.notify()
+        return stream
+
+    def load(self) -> EngineLoad:
+        """Return what is running now."""
+        running = [s.sequence for s in self._slots if s.sequence is not None]
+        return EngineLoad(
+            running=len(running),
+            waiting=len(self._waiting) + len(self._inbox),
+            context_used=sum(s.position for s in running),
+            tokens_generated=self._generated_tokens,
+            prompt_tokens=self._prompt_tokens,
+        )
+
+    def close(self) -> None:
+        """End what runs with ``EngineClosed`` and free the memory; idempotent."""
+        with self._wake:
+            self._closing = True
+            self._context.request_abort()
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _cancel(self, stream: Stream) -> None:
+        with self._wake:
+            self._cancelled.add(stream)
+            # A decode that serves nobody else is not worth finishing.
+            if self._in_flight == {stream}:
+                self._context.request_abort()
+            self._wake.notify()
+
+    def _prompt_of(self, request: CompletionRequest) -> tuple[str, NDArray[np.int32]]:
+        weights = self._weights
+        if isinstance(request.prompt, tuple):
+            tokens = np.array(request.prompt, np.int32)
+            return weights.text(tokens), tokens
+        if request.prompt is not None:
+            return request.prompt, weights.tokenize(request.prompt, special=True, add_special=True)
+        messages = request.messages or ()
+        if self._template is None:
+            if len(messages) == 1 and messages[0]["role"] == "user" and isinstance(messages[0].get("content"), str):
+                text = messages[0]["content"]
+                return text, weights.tokenize(text, special=True, add_special=True)
+            raise NotSupported(
+                f"{self._name} has no chat template: it is a base model that continues text.\n"
+                "Send one prompt without a system message, or use raw=True.",
+            )
+        variables = {} if request.think is None else {"enable_thinking": request.think}
+        text = self._template.render(messages, tools=request.tools, **variables)
+        # Many templates write the beginning token themselves; it must not come twice.
+        bos = self._template.bos_token
+        add = weights.adds_bos and not (bos and text.startswith(bos))
+        return text, weights.tokenize(text, special=True, add_special=add)
+
+    def _check_length(self, n: int) -> None:
+        size = self.info.context_size
+        if n == 0:
+            from nbinfer.contract.errors import RequestError
+
+            raise RequestError("the prompt is empty: it has no tokens.")
+        if n >= size:
+            trained = self.info.trained_context_size or 0
+            larger = min(trained, 1 << (n + n // 4).bit_length())
+            fix = (
+                f"Load it with a larger context (context_size={larger}), or shorten the prompt."
+                if larger > size
+                else f"The model was trained for {trained:,} tokens at most: shorten the prompt."
+            )
+            raise ContextOverflow(
+                f"the prompt has {n:,} tokens, but the context of {self._name} holds {size:,} "
+                f"(prompt and answer together). {fix}",
+                prompt_tokens=n,
+                context_size=size,
+            )
+
+    # -- the engine's thread ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._wake:
+                    while not (self._inbox or self._cancelled or self._closing or self._busy()):
+                        self._wake.wait()
+                    if self._closing:
+                        break
+                    self._waiting.extend(self._inbox)
+                    self._inbox.clear()
+                    cancelled, self._cancelled = self._cancelled, set()
+                    self._context.reset_abort()
+                self._drop_cancelled(cancelled)
+                self._admit()
+                self._advance()
+        except BaseException as e:  # noqa: BLE001 - whatever happened, nobody may be left waiting
+            self._fail_all(e if isinstance(e, NbinferError) else EngineError(f"the engine stopped: {e!r}"))
+        finally:
+            self._fail_all(EngineClosed(f"{self._name} was unloaded while the request ran."))
+            self._context.close()
+            self._weights.close()
+
+    def _busy(self) -> bool:
+        return bool(self._waiting) or any(s.sequence is not None for s in self._slots)
+
+    def _fail_all(self, error: NbinferError) -> None:
+        with self._wake:
+            self._closing = True
+            everyone = [*self._waiting, *self._inbox, *(s.sequence for s in self._slots if s.sequence is not None)]
+            self._waiting.clear()
+            self._inbox.clear()
+            for slot in self._slots:
+                slot.sequence = None
+        for sequence in everyone:
+            sequence.sampler.close()
+            sequence.stream.fail(error)
+
+    def _drop_cancelled(self, cancelled: set[Stream]) -> None:
+        if not cancelled:
+            return
+        for sequence in [s for s in self._waiting if s.stream in cancelled]:
+            self._waiting.remove(sequence)
+            self._finish(sequence, "interrupted")
+        for slot in self._slots:
+            if slot.sequence is not None and slot.sequence.stream in cancelled:
+                self._finish(slot.sequence, "interrupted")
+
+    # -- admission --------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Give slots to waiting requests, cells before batch rows, as far as the context has room."""
+        if not self._waiting:
+            return
+        for sequence in sorted(self._waiting, key=lambda s: not s.interactive):
+            taken = [s for s in self._slots if s.sequence is not None]
+            # The last slot is kept for a cell, so that one typed during a batch need not wait for a row.
+            free = len(self._slots) - len(taken) - (not sequence.interactive and len(self._slots) > 1)
+            if free <= 0:
+                if sequence.interactive and self._evict_batch_row():
+                    free = 1
+                else:
+                    return
+            needed = sequence.length + 1
+            in_use = sum(s.sequence.length for s in taken if s.sequence is not None)
+            if in_use + needed > self._context.size and taken:
+                if not (sequence.interactive and self._evict_batch_row()):
+                    return
+                continue
+            if self._place(sequence):
+                self._waiting.remove(sequence)
+
+    def _place(self, sequence: Sequence) -> bool:
+        """Put a sequence into the best free slot; False when it should wait for a prefix being computed."""
+        tokens = sequence.tokens(0, sequence.length)
+        usable = sequence.length - 1  # at least one token must be decoded, for its logits
+        source, shared = None, 0
+        if self._shares_prefixes:
+            for slot in self._slots:
+                n = min(_common_prefix(slot.held, tokens), usable)
+                if n > shared:
+                    source, shared = slot, n
+            for slot in self._slots:
+                other = slot.sequence
+                if other is not None and not other.generating and not sequence.interactive:
+                    coming = min(_common_prefix(other.prompt, tokens), usable)
+                    if coming >= max(shared, MIN_SHARED) + MIN_SHARED:
+                        return False
+        free = [s for s in self._slots if s.sequence is None]
+        if source is not None and source.sequence is None and shared >= len(source.held) // 2:
+            target = source
+        else:
+            # Prefer a slot that holds nothing useful, then the one unused for longest.
+            target = min((s for s in free if s is not source or len(free) == 1), key=lambda s: (len(s.held) > 0, s.released))
+        if target is source:
+            self._context.drop(target.index, shared)
+        else:
+            self._context.drop(target.index)
+            if source is not None and shared:
+                self._context.copy(source.index, target.index, shared)
+        target.held = tokens[:shared]
+        target.sequence = sequence
+        sequence.slot, sequence.position = target.index, shared
+        sequence.cached = min(shared, len(sequence.prompt))
+        if sequence.started is None:
+            sequence.started = time.perf_counter()
+        return True
+
+    def _evict_batch_row(self) -> bool:
+        """Send the youngest batch row back to the queue; its tokens are kept and computed again later."""
+        rows = [s for s in self._slots if s.sequence is not None and not s.sequence.interactive]
+        if not rows:
+            return False
+        self._preempt(max(rows, key=lambda s: s.sequence.started or 0.0 if s.sequence else 0.0))
+        return True
+
+    def _preempt(self, slot: Slot) -> None:
+        sequence = slot.sequence
+        assert sequence is not None  # noqa: S101 - callers choose taken slots
+        self._empty(slot)
+        slot.sequence = None
+        sequence.slot, sequence.position = -1, 0
+        self._waiting.appendleft(sequence)
+
+    def _empty(self, slot: Slot) -> None:
+        self._context.drop(slot.index)
+        slot.held = np.empty(0, np.int32)
+
+    def _make_room(self) -> bool:
+        """Free context cells after a decode found none; False when nothing is left to free."""
+        idle = [s for s in self._slots if s.sequence is None and len(s.held)]
+        if idle:
+            for slot in idle:
+                self._empty(slot)
+            return True
+        taken = [s for s in self._slots if s.sequence is not None]
+        if len(taken) > 1:
+            youngest = max(taken, key=lambda s: (not s.sequence.interactive, s.sequence.started or 0.0) if s.sequence else (False, 0.0))
+            self._preempt(youngest)
+            return True
+        return False
+
+    # -- one step ---------------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        active = [s.sequence for s in self._slots if s.sequence is not None]
+        if not active:
+            return
+        self._step += 1
+        if self._step % BATCH_TURN and any(s.interactive for s in active):
+            active = [s for s in active if s.interactive]
+        planned = list(self._plan(active))
+        began = time.perf_counter()
+        with self._wake:
+            self._in_flight = frozenset(sequence.stream for sequence, _, _ in planned)
+            if self._cancelled or self._closing:
+                self._in_flight = frozenset()
+                self._context.clear_batch()
+                return
+        code = self._context.decode()
+        self._in_flight = frozenset()
+        if code == ABORTED:
+            # Only a batch of cancelled requests, or a closing engine, is aborted; part of it may be stored.
+            for sequence, _, _ in planned:
+                self._context.drop(sequence.slot, sequence.position)
+            return
+        if code == NO_SPACE:
+            if not self._make_room():
+                for sequence, _, _ in planned:
+                    self._finish(sequence, "length")
+            return
+        now = time.perf_counter()
+        n_prompt = sum(n for sequence, n, _ in planned if not sequence.generating)
+        if n_prompt:
+            self._prompt_tokens += n_prompt
+            if n_prompt > len(planned):
+                self._prompt_rate = n_prompt / max(now - began, 1e-6)
+        for sequence, n, index in planned:
+            self._after_decode(sequence, n, index, now)
+
+    def _plan(self, active: list[Sequence]) -> Iterator[tuple[Sequence, int, int]]:
+        """Fill the batch: yields (sequence, tokens added, batch index of its last token)."""
+        context = self._context
+        room = context.n_batch
+        for sequence in active:
+            if sequence.generating:
+                token = sequence.generated[-1:]
+                yield sequence, 1, context.add(sequence.slot, token, sequence.position, output=True)
+                room -= 1
+        budget = min(room, max(MIN_CHUNK, int(self._prompt_rate * STEP_SECONDS) or context.n_ubatch))
+        for sequence in sorted(active, key=lambda s: (not s.interactive, s.started)):
+            if sequence.generating or budget <= 0:
+                continue
+            n = min(sequence.length - sequence.position, budget)
+            end = sequence.position + n
+            tokens = sequence.tokens(sequence.position, end)
+            yield sequence, n, context.add(sequence.slot, tokens, sequence.position, output=end == sequence.length)
+            budget -= n
+
+    def _after_decode(self, sequence: Sequence, n: int, index: int, now: float) -> None:
+        """Take a decode's outcome for one sequence: progress, or a new token."""
+        was_prompt = not sequence.generating
+        sequence.position += n
+        slot = self._slots[sequence.slot]
+        slot.held = sequence.tokens(0, sequence.position) if self._shares_prefixes and was_prompt else slot.held
+        if was_prompt and not sequence.generated:
+            sequence.stream.put(PromptProgress(sequence.position, len(sequence.prompt), sequence.cached))
+        if sequence.position < sequence.length:
+            return
+        if sequence.prompt_done is None:
+            sequence.prompt_done = now
+        try:
+            logits = self._context.logits(index)
+            token = sequence.sampler.sample(logits)
+            if sequence.request.logprobs is not None:
+                sequence.logprobs.append(
+                    logprob_of(logits, token, sequence.request.logprobs, self._token_text),
+                )
+        except NbinferError as e:
+            self._finish(sequence, "error", e)
+            return
+        self._take(sequence, token)
+
+    def _token_text(self, token: int) -> str:
+        return self._weights.render_piece(token, special=True).decode("utf-8", "replace")
+
+    def _take(self, sequence: Sequence, token: int) -> None:
+        """Add a sampled token, and whatever the constraint then forces, to the answer."""
+        sequence.last_token = time.perf_counter()
+        if self._weights.is_end(token):
+            if sequence.logprobs:
+                sequence.logprobs.pop()
+            self._finish(sequence, "stop")
+            return
+        tokens = [token]
+        matcher = sequence.sampler.matcher
+        if matcher is not None and sequence.request.logprobs is None:
+            for forced in matcher.forced():
+                matcher.accept(forced)
+                tokens.append(forced)
+        for new in tokens:
+            sequence.generated.append(new)
+            self._generated_tokens += 1
+            piece = sequence.assembler.push(self._weights.piece(new))
+            self._emit(sequence, piece.text, piece.reasoning)
+            if piece.stopped:
+                self._finish(sequence, "stop")
+                return
+            if len(sequence.generated) >= sequence.limit:
+                whole = matcher is not None and new is tokens[-1] and matcher.complete
+                self._finish(sequence, "stop" if whole else "length")
+                return
+        if matcher is not None and matcher.complete:
+            self._finish(sequence, "stop")
+
+    def _emit(self, sequence: Sequence, text: str, reasoning: str) -> None:
+        if reasoning:
+            sequence.reasoning.append(reasoning)
+            sequence.stream.put(Delta(reasoning, reasoning=True))
+        if text:
+            sequence.answer.append(text)
+            sequence.stream.put(Delta(text))
+
+    # -- the end ----------------------------------------------------------------------------------------
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: NbinferError | None = None) -> None:
+        """End a sequence; its slot keeps what it holds for the next prompt that begins alike."""
+        rest = sequence.assembler.finish()
+        self._emit(sequence, rest.text, rest.reasoning)
+        if sequence.slot >= 0:
+            slot = self._slots[sequence.slot]
+            slot.sequence = None
+            slot.released = time.perf_counter()
+            if self._shares_prefixes and reason != "error":
+                slot.held = sequence.tokens(0, sequence.position).copy()
+            else:
+                self._empty(slot)
+        matcher = sequence.sampler.matcher
+        sequence.sampler.close()
+        if error is None and matcher is not None and reason == "length" and not matcher.accepting:
+            text = "".join(sequence.answer)
+            error = SchemaError(
+                f"the answer was cut after {len(sequence.generated)} tokens, before it was whole: raise max_tokens.",
+                raw=text,
+            )
+        if error is not None:
+            sequence.stream.fail(error)
+        else:
+            sequence.stream.put(Finished(self._result(sequence, reason)))
+
+    def _result(self, sequence: Sequence, reason: FinishReason) -> Result:
+        request, n_prompt = sequence.request, len(sequence.prompt)
+        started = sequence.started or sequence.submitted
+        done = sequence.prompt_done or sequence.last_token or started
+        last = sequence.last_token or done
+        return Result(
+            text="".join(sequence.answer),
+            reasoning="".join(sequence.reasoning).strip("\n") or None,
+            finish_reason=reason,
+            usage=Usage(
+                prompt_tokens=n_prompt,
+                completion_tokens=len(sequence.generated),
+                cached_tokens=sequence.cached,
+            ),
+            timings=Timings(
+                queue_seconds=started - sequence.submitted,
+                prompt_seconds=done - started,
+                generation_seconds=last - done,
+                first_token_seconds=done - sequence.submitted if sequence.prompt_done else None,
+                prompt_tokens=n_prompt - sequence.cached,
+                generated_tokens=len(sequence.generated),
+            ),
+            logprobs=tuple(sequence.logprobs) if request.logprobs is not None else None,
+            model=self._name,
+            prompt=sequence.prompt_text,
+            params=self._params(sequence),
+            messages=request.messages,
+        )
+
+    def _params(self, sequence: Sequence) -> dict[str, Any]:
+        request, sampling = sequence.request, sequence.request.sampling
+        params: dict[str, Any] = {"temperature": sampling.temperature, "seed": sequence.seed}
+        if sampling.temperature > 0:
+            params |= {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
+        if request.max_tokens is not None:
+            params["max_tokens"] = request.max_tokens
+        if request.stop:
+            params["stop"] = list(request.stop)
+        return params
+
+
+def _common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+    """Length of the common beginning of two token arrays."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n

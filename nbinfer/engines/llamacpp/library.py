@@ -1,0 +1,124 @@
+"""llama.cpp's library, loaded once, quietly.
+
+Only this module imports ``llama_cpp``. Its log goes to a ring buffer instead of the notebook, and OpenMP is
+told to sleep, not spin, at its barriers: with another process on the same cores, spinning threads cost a
+fifty-fold slowdown.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections import deque
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from nbinfer.contract.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+INSTALL = "pip install 'nbinfer[llamacpp]'"
+
+_ERROR_LEVEL = 3
+_CONTINUATION = 5
+
+
+class LogBuffer:
+    """The last lines of llama.cpp's log, with their levels. Written from any thread."""
+
+    def __init__(self, max_lines: int = 4000) -> None:
+        self._lines: deque[tuple[int, str]] = deque(maxlen=max_lines)
+        self._lock = threading.Lock()
+        self._total = 0
+
+    def append(self, level: int, text: str) -> None:
+        """Add text; a continuation joins the line before it."""
+        with self._lock:
+            if level == _CONTINUATION and self._lines:
+                last_level, last = self._lines.pop()
+                self._lines.append((last_level, last + text))
+            else:
+                self._lines.append((level, text))
+                self._total += 1
+
+    def mark(self) -> int:
+        """Return a position to read from later."""
+        with self._lock:
+            return self._total
+
+    def lines(self, since: int = 0, level: int | None = None) -> list[str]:
+        """Lines written after ``since``, oldest first; with ``level``, only those of that level."""
+        with self._lock:
+            kept = len(self._lines)
+            first = max(0, kept - (self._total - since))
+            chosen = list(self._lines)[first:]
+        return [text.rstrip("\n") for lv, text in chosen if level is None or lv == level]
+
+    def errors(self, since: int = 0) -> list[str]:
+        """Error lines written after ``since``."""
+        return self.lines(since, _ERROR_LEVEL)
+
+
+LOG = LogBuffer()
+_keep_alive: list[Any] = []
+
+
+@cache
+def library() -> ModuleType:
+    """Import and initialise llama.cpp's bindings; the same module on every call.
+
+    Raises
+    ------
+    BackendUnavailable
+        llama-cpp-python is missing or its library does not load.
+    """
+    # The OpenMP runtime reads its environment once, when it is loaded; the user's own setting wins.
+    absent = "OMP_WAIT_POLICY" not in os.environ
+    if absent:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    try:
+        from llama_cpp import llama_cpp
+    except ImportError as e:
+        raise BackendUnavailable(f"llama.cpp is not installed here ({e}).\nInstall it with: {INSTALL}") from e
+    except (OSError, RuntimeError) as e:
+        raise BackendUnavailable(
+            f"llama.cpp is installed but its library does not load: {e}\n"
+            f"Reinstall it for this machine: {INSTALL} --force-reinstall --no-cache-dir",
+        ) from e
+    finally:
+        if absent:
+            os.environ.pop("OMP_WAIT_POLICY", None)
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def on_log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
+        LOG.append(level, text.decode("utf-8", "replace"))
+
+    llama_cpp.llama_log_set(on_log, ctypes.c_void_p(0))
+    _keep_alive.append(on_log)
+    llama_cpp.llama_backend_init()
+    module: ModuleType = llama_cpp
+    return module
+
+
+@cache
+def abort_function() -> Any:
+    """Return an abort callback that needs no Python: libc's ``strlen`` on a two-byte flag.
+
+    ggml asks it at every graph node; a Python callback there would take the interpreter lock hundreds of
+    times a token. ``strlen`` reads the flag's first byte: 0 goes on, 1 stops.
+    """
+    lib = library()
+    libc = ctypes.CDLL(None) if os.name != "nt" else ctypes.cdll.msvcrt
+    return ctypes.cast(libc.strlen, lib.ggml_abort_callback)
+
+
+def default_threads() -> int:
+    """Threads for this machine: the cores this process may use, less one for the notebook itself."""
+    import psutil
+
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    return max(1, cores - 1)

@@ -1,0 +1,237 @@
+"""Embeddings and reranking: one pooled output per text, texts packed into small batches."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nbinfer.contract.errors import ContextOverflow, EngineClosed, EngineError, NbinferError, NotSupported, RequestError
+from nbinfer.contract.modes import Mode
+from nbinfer.contract.requests import EmbeddingRequest, RerankRequest
+from nbinfer.contract.results import EmbeddingResult, Finished, PromptProgress, RerankResult
+from nbinfer.engines.llamacpp.context import OK, Context, engine_version
+from nbinfer.engines.protocol import EngineInfo, EngineLoad
+from nbinfer.engines.stream import Stream
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from nbinfer.contract.requests import CompletionRequest, Request
+    from nbinfer.engines.llamacpp.context import ContextSettings
+    from nbinfer.engines.llamacpp.weights import Weights
+
+MAX_PACK_SEQUENCES = 32
+CPU_PACK_TOKENS = 64
+"""An encoder attends over the whole pack and masks afterwards: on a CPU small packs are fastest."""
+GPU_PACK_TOKENS = 2048
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    request: EmbeddingRequest | RerankRequest
+    tokens: list[NDArray[np.int32]]
+    stream: Stream
+
+
+class PooledEngine:
+    """Serves embeddings, or relevance scores, of one model; one thread owns the context."""
+
+    def __init__(self, weights: Weights, settings: ContextSettings, *, mode: Mode, name: str, digest: str = "") -> None:
+        lib = weights._lib  # noqa: SLF001 - the same engine's other half
+        self._lib = lib
+        self._weights = weights
+        self._name = name
+        trained = weights.trained_context_size
+        parallel = 1 if weights.has_recurrent_state else settings.parallel or MAX_PACK_SEQUENCES
+        self._context = Context(weights, settings, parallel=parallel, pooled=True)
+        pooling = int(lib.llama_pooling_type(self._context.pointer))
+        ranks = pooling == lib.LLAMA_POOLING_TYPE_RANK
+        if pooling == lib.LLAMA_POOLING_TYPE_NONE or ranks != (mode == Mode.RERANKING):
+            self._context.close()
+            can = "reranking" if ranks else "completion" if pooling == lib.LLAMA_POOLING_TYPE_NONE else "embedding"
+            raise NotSupported(f"{name} cannot do {mode}: its file says it is made for {can}. Use mode='{can}'.")
+        # A ranking model gives as many numbers as it has labels, not a vector: reading more would run past the end.
+        self._size = int(lib.llama_model_n_cls_out(weights.pointer)) if ranks else weights.embedding_size
+        gpu = bool(lib.llama_supports_gpu_offload())
+        self._pack_tokens = min(self._context.n_ubatch, GPU_PACK_TOKENS if gpu else CPU_PACK_TOKENS)
+        self.info = EngineInfo(
+            backend="llamacpp",
+            model=name,
+            mode=Mode(mode),
+            context_size=min(self._context.n_ubatch, trained),
+            trained_context_size=trained,
+            parallel=parallel,
+            dimensions=None if ranks else self._size,
+            digest=digest,
+            version=engine_version(),
+            effective=self._context.effective(),
+        )
+        self._jobs: queue.PriorityQueue[tuple[int, int, _Job | None]] = queue.PriorityQueue()
+        self._order = 0
+        self._lock = threading.Lock()
+        self._closing = False
+        self._running = 0
+        self._done_tokens = 0
+        self._thread = threading.Thread(target=self._run, name=f"nbinfer-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def context_pointer(self) -> Any:
+        """llama.cpp's own context, for its memory breakdown."""
+        return self._context.pointer
+
+    # -- callers' side ----------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Stream:
+        """Start an embedding or reranking request. See :meth:`nbinfer.engines.protocol.Engine.submit`."""
+        wanted = RerankRequest if self.info.mode == Mode.RERANKING else EmbeddingRequest
+        if not isinstance(request, wanted):
+            raise NotSupported(f"{self._name} is loaded for {self.info.mode}; load a model in the mode you need.")
+        if isinstance(request, RerankRequest):
+            tokens = [self._pair(request.query, document) for document in request.documents]
+        else:
+            tokens = [self._weights.tokenize(text, special=False, add_special=True) for text in request.texts]
+            dims = request.dims
+            if dims is not None and dims > self._size:
+                raise RequestError(f"dims={dims}, but {self._name} has vectors of {self._size} components.")
+        for i, t in enumerate(tokens):
+            if len(t) > self.info.context_size:
+                raise ContextOverflow(
+                    f"text {i} has {len(t):,} tokens, but {self._name} takes at most {self.info.context_size:,}. "
+                    "Shorten or split it.",
+                    prompt_tokens=len(t),
+                    context_size=self.info.context_size,
+                )
+        stream = Stream()
+        with self._lock:
+            if self._closing:
+                raise EngineClosed(f"{self._name} was unloaded; load it again with nb.load.")
+            self._order += 1
+            rank = 0 if request.priority == "interactive" else 1
+            self._jobs.put((rank, self._order, _Job(request, tokens, stream)))
+        return stream
+
+    def _pair(self, query: str, document: str) -> NDArray[np.int32]:
+        """Tokens of one query/document pair, as the model was trained on them."""
+        weights = self._weights
+        template = weights.chat_template("rerank")
+        if template is not None:
+            text = template.replace("{query}", query).replace("{document}", document)
+            return weights.tokenize(text, special=True, add_special=True)
+        parts: list[NDArray[np.int32]] = []
+        begin, separator, end = (weights.special_token(name) for name in ("bos", "sep", "eos"))
+        separator = end if separator is None else separator
+        for mark, text in ((begin, query), (separator, document)):
+            if mark is not None:
+                parts.append(np.array([mark], np.int32))
+            parts.append(weights.tokenize(text, special=False, add_special=False))
+        if end is not None:
+            parts.append(np.array([end], np.int32))
+        return np.concatenate(parts)
+
+    def render(self, request: CompletionRequest) -> tuple[str, int]:
+        """Not for pooled models: there is no prompt."""
+        raise NotSupported(f"{self._name} is loaded for {self.info.mode}: it has no prompt to show.")
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text as this model would see it."""
+        return len(self._weights.tokenize(text, special=False, add_special=True))
+
+    def load(self) -> EngineLoad:
+        """Return what is running now."""
+        return EngineLoad(running=self._running, waiting=self._jobs.qsize(), prompt_tokens=self._done_tokens)
+
+    def close(self) -> None:
+        """End what runs with ``EngineClosed`` and free the memory; idempotent."""
+        with self._lock:
+            if not self._closing:
+                self._closing = True
+                self._context.request_abort()
+                self._jobs.put((-1, 0, None))
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # -- the engine's thread ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        closed = EngineClosed(f"{self._name} was unloaded while the request ran.")
+        try:
+            while True:
+                _, _, job = self._jobs.get()
+                if job is None:
+                    break
+                self._running = 1
+                try:
+                    self._serve(job)
+                except NbinferError as e:
+                    job.stream.fail(closed if self._closing else e)
+                except BaseException as e:  # noqa: BLE001 - nobody may be left waiting
+                    job.stream.fail(EngineError(f"the engine failed: {e!r}"))
+                finally:
+                    self._running = 0
+        finally:
+            while not self._jobs.empty():
+                _, _, job = self._jobs.get_nowait()
+                if job is not None:
+                    job.stream.fail(closed)
+            self._context.close()
+            self._weights.close()
+
+    def _serve(self, job: _Job) -> None:
+        began = time.perf_counter()
+        out = np.zeros((len(job.tokens), self._size), np.float32)
+        done = 0
+        for pack in self._packs(job.tokens):
+            if self._closing or job.stream.cancelled:
+                raise EngineError("the request was interrupted.")
+            self._decode_pack(pack, job.tokens, out)
+            done += len(pack)
+            job.stream.put(PromptProgress(done, len(job.tokens)))
+        counts = tuple(len(t) for t in job.tokens)
+        seconds = time.perf_counter() - began
+        if isinstance(job.request, RerankRequest):
+            job.stream.put(
+                Finished(RerankResult(scores=out[:, 0].copy(), n_tokens=counts, model=self._name, seconds=seconds)),
+            )
+            return
+        if job.request.dims is not None:
+            out = np.ascontiguousarray(out[:, : job.request.dims])
+        if job.request.normalize and len(out):
+            lengths = np.linalg.norm(out, axis=1, keepdims=True)
+            np.divide(out, lengths, out=out, where=lengths > 0)
+        job.stream.put(Finished(EmbeddingResult(vectors=out, n_tokens=counts, model=self._name, seconds=seconds)))
+
+    def _packs(self, tokens: list[NDArray[np.int32]]) -> list[list[int]]:
+        """Group texts so that a pack stays below the best token count (a long text is a pack by itself)."""
+        packs: list[list[int]] = []
+        size = 0
+        for i in sorted(range(len(tokens)), key=lambda i: len(tokens[i])):
+            n = len(tokens[i])
+            if not packs or size + n > self._pack_tokens or len(packs[-1]) >= self.info.parallel:
+                packs.append([])
+                size = 0
+            packs[-1].append(i)
+            size += n
+        return packs
+
+    def _decode_pack(self, pack: list[int], tokens: list[NDArray[np.int32]], out: NDArray[np.float32]) -> None:
+        context = self._context
+        context.clear()
+        filled: list[tuple[int, int]] = []
+        for i in pack:
+            if len(tokens[i]):
+                context.add(len(filled), tokens[i], 0, output=True)
+                filled.append((len(filled), i))
+        if not filled:
+            return
+        context.mark_all_outputs()
+        if context.decode() != OK:
+            raise EngineError("llama.cpp stopped while computing embeddings.")
+        for sequence, i in filled:
+            out[i] = context.pooled_output(sequence, self._size)
+            self._done_tokens += len(tokens[i])
