@@ -1,0 +1,79 @@
+"""Which files of a directory make up a model."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from nbinfer.gguf.split import part_of, part_paths
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+Format = Literal["gguf", "safetensors"]
+
+_QUANT = re.compile(
+    r"[-._]((?:UD-)?(?:I?Q[1-8](?:_[0-9A-Z]+)*|TQ[12]_0|MXFP4(?:_MOE)?|NVFP4|B?F16|FP16|F32|FP32))$",
+    re.IGNORECASE,
+)
+
+
+class ModelFiles(NamedTuple):
+    """The files of one model: its weights in order, and the projector of a vision model."""
+
+    format: Format
+    paths: tuple[Path, ...]
+    projector: Path | None = None
+
+
+def stem_and_quant(name: str) -> tuple[str, str | None]:
+    """Split a GGUF file name into the model's name and its quantisation.
+
+    >>> stem_and_quant("Qwen3-0.6B-Q4_K_M-00001-of-00002.gguf")
+    ('Qwen3-0.6B', 'Q4_K_M')
+    """
+    part = part_of(name)
+    stem = part.stem if part else re.sub(r"\.gguf$", "", name, flags=re.IGNORECASE)
+    match = _QUANT.search(stem)
+    return (stem[: match.start()], match[1].upper()) if match else (stem, None)
+
+
+def is_projector(name: str) -> bool:
+    """Whether a file is named as the projector (image encoder) of a vision model."""
+    return "mmproj" in name.lower()
+
+
+def gguf_models(folder: Path) -> list[ModelFiles]:
+    """Return the GGUF models in a directory, the parts of a split one together, sorted by name."""
+    names = sorted(path.name for path in folder.iterdir() if path.name.lower().endswith(".gguf"))
+    firsts = [
+        name for name in names if not is_projector(name) and ((p := part_of(name)) is None or p.number == 1)
+    ]
+    projectors = [name for name in names if is_projector(name)]
+    # One model in several quantisations shares its projector; among several, the name says whose it is.
+    alone = len({stem_and_quant(name)[0] for name in firsts}) == 1
+    return [
+        ModelFiles("gguf", part_paths(folder / name), projector_for(folder, name, projectors, alone=alone))
+        for name in firsts
+    ]
+
+
+def projector_for(folder: Path, name: str, projectors: Iterable[str], *, alone: bool) -> Path | None:
+    """Choose the projector that belongs to the model file ``name``, F16 before others."""
+    stem = _plain(stem_and_quant(name)[0])
+    fitting = [p for p in projectors if alone or stem == _plain(stem_and_quant(p)[0])]
+    fitting.sort(key=lambda p: ((stem_and_quant(p)[1] or "") not in ("F16", "FP16"), p))
+    return folder / fitting[0] if fitting else None
+
+
+def _plain(stem: str) -> str:
+    return re.sub(r"[-._]?mmproj[-._]?", "", stem.lower())
+
+
+def safetensors_model(folder: Path) -> ModelFiles | None:
+    """Return the safetensors model in a directory, or None when it holds none."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights or not (folder / "config.json").is_file():
+        return None
+    return ModelFiles("safetensors", tuple(weights))
