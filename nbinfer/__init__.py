@@ -4,10 +4,144 @@
 >>> m = nb.load("demo")  # doctest: +SKIP
 >>> nb.infer("What is the capital of France?").text  # doctest: +SKIP
 'The capital of France is Paris.'
+
+Names are imported when they are first used, so that ``import nbinfer`` loads no engine, no frame library and
+no widget.
 """
 
 from __future__ import annotations
 
-from nbinfer._version import __version__
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["__version__"]
+from nbinfer._version import __version__
+from nbinfer.contract import rendering
+
+if TYPE_CHECKING:
+    from nbinfer.contract.errors import NbinferError
+    from nbinfer.contract.results import Result
+    from nbinfer.frames import (
+        classify,
+        complete,
+        embed,
+        extract,
+        filter,  # noqa: A004 - the operator's common name; it shadows nothing but in here
+        last_run,
+        rerank,
+        similar,
+        submit,
+        vectors,
+    )
+    from nbinfer.magics import load_ipython_extension, unload_ipython_extension
+    from nbinfer.memory import estimate
+    from nbinfer.session import (
+        Chat,
+        Model,
+        ainfer,
+        get,
+        infer,
+        load,
+        loaded,
+        models,
+        ps,
+        settings,
+        status,
+        stream,
+        unload,
+    )
+
+_NAMES = {
+    **dict.fromkeys(
+        (
+            "Chat",
+            "Model",
+            "ainfer",
+            "get",
+            "infer",
+            "load",
+            "loaded",
+            "models",
+            "ps",
+            "settings",
+            "status",
+            "stream",
+            "unload",
+        ),
+        "nbinfer.session",
+    ),
+    **dict.fromkeys(
+        (
+            "classify",
+            "complete",
+            "embed",
+            "extract",
+            "filter",
+            "last_run",
+            "rerank",
+            "similar",
+            "submit",
+            "vectors",
+            "cache",
+        ),
+        "nbinfer.frames",
+    ),
+    "estimate": "nbinfer.memory",
+    "Result": "nbinfer.contract.results",
+    "NbinferError": "nbinfer.contract.errors",
+    "load_ipython_extension": "nbinfer.magics",
+    "unload_ipython_extension": "nbinfer.magics",
+}
+
+__all__ = [
+    "Chat",
+    "Model",
+    "NbinferError",
+    "Result",
+    "__version__",
+    "ainfer",
+    "classify",
+    "complete",
+    "embed",
+    "estimate",
+    "extract",
+    "filter",
+    "get",
+    "infer",
+    "last_run",
+    "load",
+    "load_ipython_extension",
+    "loaded",
+    "models",
+    "ps",
+    "rerank",
+    "settings",
+    "similar",
+    "status",
+    "stream",
+    "submit",
+    "unload",
+    "unload_ipython_extension",
+    "vectors",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # `nb.models` is a function and `nbinfer.models` a room: importing the room would put the module under
+    # that name, so the function is asked for again each time and put back.
+    if name not in _NAMES:
+        raise AttributeError(f"module 'nbinfer' has no attribute {name!r}")
+    value = getattr(import_module(_NAMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NAMES})
+
+
+def _render(value: Any) -> rendering.Bundle:
+    bundle: rendering.Bundle = import_module("nbinfer.display").mimebundle(value)
+    return bundle
+
+
+rendering.register(_render)

@@ -38,6 +38,7 @@ class Stream:
         self._done = False
         self._cancelled = False
         self._listeners: list[Callable[[], None]] = []
+        self._done_callbacks: list[Callable[[], None]] = []
 
     # -- the engine's side ------------------------------------------------------------------------------
 
@@ -51,6 +52,7 @@ class Stream:
                 self._result = event.result
                 self._done = True
             self._wake()
+        self._call_done()
 
     def fail(self, error: BaseException) -> None:
         """End the stream with an error, which the reader will see raised."""
@@ -60,6 +62,14 @@ class Stream:
             self._error = error
             self._done = True
             self._wake()
+        self._call_done()
+
+    def _call_done(self) -> None:
+        if self._done and self._done_callbacks:
+            with self._ready:
+                callbacks, self._done_callbacks = self._done_callbacks, []
+            for callback in callbacks:
+                callback()
 
     def _wake(self) -> None:
         self._ready.notify_all()
@@ -77,6 +87,17 @@ class Stream:
     def cancelled(self) -> bool:
         """Whether :meth:`cancel` was called."""
         return self._cancelled
+
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        """Call ``callback()`` once when the result, or the error, is there; at once when it already is.
+
+        It is called from the engine's thread, which it must not hold up: put a mark in a queue and return.
+        """
+        with self._ready:
+            if not self._done:
+                self._done_callbacks.append(callback)
+                return
+        callback()
 
     def cancel(self) -> None:
         """Ask the engine to stop; it answers with a ``Finished`` whose result is ``interrupted``."""
@@ -108,7 +129,10 @@ class Stream:
         pieces, n_tokens = [first.text], first.n_tokens
         while self._events:
             event = self._events[0]
-            if not isinstance(event, Delta) or (event.index, event.reasoning) != (first.index, first.reasoning):
+            if not isinstance(event, Delta) or (event.index, event.reasoning) != (
+                first.index,
+                first.reasoning,
+            ):
                 break
             pieces.append(event.text)
             n_tokens += event.n_tokens

@@ -35,7 +35,10 @@ class ChatTemplate:
 
     def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
         if len(source) > MAX_TEMPLATE_CHARS:
-            raise TemplateError(f"the model's chat template has {len(source):,} characters; the limit is {MAX_TEMPLATE_CHARS:,}.")
+            raise TemplateError(
+                f"the model's chat template has {len(source):,} characters; "
+                f"the limit is {MAX_TEMPLATE_CHARS:,}."
+            )
         self.source = source
         self.bos_token = bos_token
         self.eos_token = eos_token
@@ -49,7 +52,7 @@ class ChatTemplate:
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=["jinja2.ext.loopcontrols"],
-            autoescape=False,  # noqa: S701 - the output is a prompt, not a page
+            autoescape=False,
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
@@ -78,7 +81,7 @@ class ChatTemplate:
             The template refused the conversation, or tried something the sandbox forbids.
         """
         from jinja2 import TemplateError as JinjaError
-        from jinja2.sandbox import SecurityError
+        from jinja2.exceptions import SecurityError
 
         try:
             text = self._compiled.render(
@@ -96,14 +99,24 @@ class ChatTemplate:
                 f"the model's chat template tried something that is not allowed: {e}\n"
                 "Do not trust this file. Use raw=True to send the prompt without a template.",
             ) from e
-        except (JinjaError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError) as e:
+        except (
+            JinjaError,
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as e:
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise TemplateError(
                 f"the model's chat template failed on a conversation of {roles}: {e}\n"
                 "Some templates take no system message: put it into the prompt, or use raw=True.",
             ) from e
         if len(text) > MAX_PROMPT_CHARS:
-            raise TemplateError(f"the rendered prompt has {len(text):,} characters; the limit is {MAX_PROMPT_CHARS:,}.")
+            raise TemplateError(
+                f"the rendered prompt has {len(text):,} characters; the limit is {MAX_PROMPT_CHARS:,}."
+            )
         return text
 
 

@@ -43,7 +43,9 @@ class TextAssembler:
         Whether the prompt already opened the reasoning.
     """
 
-    def __init__(self, stop: tuple[str, ...] = (), *, reasoning: bool = False, inside_reasoning: bool = False) -> None:
+    def __init__(
+        self, stop: tuple[str, ...] = (), *, reasoning: bool = False, inside_reasoning: bool = False
+    ) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stop = stop
         self._state = "reasoning" if inside_reasoning else "start" if reasoning else "answer"

@@ -99,4 +99,6 @@ def open_engine(
     from nbinfer.contract.errors import NotSupported
 
     weights.close()
-    raise NotSupported(f"llama.cpp does not serve mode {mode!r}: it can do completion, embedding and reranking.")
+    raise NotSupported(
+        f"llama.cpp does not serve mode {mode!r}: it can do completion, embedding and reranking."
+    )

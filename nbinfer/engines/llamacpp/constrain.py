@@ -38,14 +38,18 @@ class Constrainer:
         try:
             import llguidance
         except ImportError as e:
-            raise BackendUnavailable("constrained output needs llguidance.\nInstall it with: pip install llguidance") from e
+            raise BackendUnavailable(
+                "constrained output needs llguidance.\nInstall it with: pip install llguidance"
+            ) from e
         try:
             grammar = _grammar(constraint)
             problem = llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer_of(llguidance))
         except (ValueError, TypeError) as e:
             problem = str(e)
         if problem:
-            raise RequestError(f"the {constraint.kind.replace('_', ' ')} cannot be used as a constraint: {problem[:300]}")
+            raise RequestError(
+                f"the {constraint.kind.replace('_', ' ')} cannot be used as a constraint: {problem[:300]}"
+            )
         return Matcher(llguidance.LLMatcher(self._tokenizer, grammar), self._weights)
 
     def _tokenizer_of(self, llguidance: Any) -> Any:

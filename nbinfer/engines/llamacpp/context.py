@@ -41,7 +41,9 @@ class ContextSettings:
 
     def __post_init__(self) -> None:
         if self.context_size is not None and self.context_size != -1 and self.context_size < 1:
-            raise ConfigError(f"context_size={self.context_size}: it must be at least 1 token, or -1 for the trained maximum.")
+            raise ConfigError(
+                f"context_size={self.context_size}: it must be at least 1 token, or -1 for the maximum."
+            )
         if self.kv_type is not None and self.kv_type not in KV_TYPES:
             raise ConfigError(f"kv_type={self.kv_type!r} is unknown: use one of {', '.join(KV_TYPES)}.")
         for name in ("threads", "batch_size", "micro_batch"):
@@ -63,7 +65,9 @@ class Context:
         For embeddings: one vector per sequence instead of logits per token.
     """
 
-    def __init__(self, weights: Weights, settings: ContextSettings, *, parallel: int, pooled: bool = False) -> None:
+    def __init__(
+        self, weights: Weights, settings: ContextSettings, *, parallel: int, pooled: bool = False
+    ) -> None:
         lib = self._lib = library()
         self._weights = weights
         trained = weights.trained_context_size
@@ -138,7 +142,9 @@ class Context:
 
     # -- one batch --------------------------------------------------------------------------------------
 
-    def add(self, sequence: int, tokens: NDArray[np.int32] | Sequence[int], position: int, *, output: bool) -> int:
+    def add(
+        self, sequence: int, tokens: NDArray[np.int32] | Sequence[int], position: int, *, output: bool
+    ) -> int:
         """Append tokens of one sequence; with ``output`` the last one gets logits.
 
         Returns the index of that last token in the batch.
@@ -184,7 +190,7 @@ class Context:
         address = ctypes.cast(pointer, ctypes.c_void_p).value
         if not address:
             raise EngineError(f"llama.cpp has no logits at batch index {index}.")
-        return np.frombuffer((ctypes.c_float * self.n_vocab).from_address(address), np.float32)
+        return _floats(address, self.n_vocab)
 
     def pooled_output(self, sequence: int, size: int) -> NDArray[np.float32]:
         """Copy of a sequence's pooled output, float32 of shape (size,)."""
@@ -192,7 +198,7 @@ class Context:
         address = ctypes.cast(pointer, ctypes.c_void_p).value
         if not address:
             raise EngineError("llama.cpp returned no pooled output: the model may not be an embedding model.")
-        return np.frombuffer((ctypes.c_float * size).from_address(address), np.float32).copy()
+        return _floats(address, size).copy()
 
     # -- memory of sequences ----------------------------------------------------------------------------
 
@@ -215,11 +221,11 @@ class Context:
 
     def request_abort(self) -> None:
         """Make the running decode return ``ABORTED`` soon; callable from any thread."""
-        self._abort_flag[0] = 1
+        self._abort_flag[0] = b"\x01"
 
     def reset_abort(self) -> None:
         """Take the request back."""
-        self._abort_flag[0] = 0
+        self._abort_flag[0] = b"\x00"
 
     def close(self) -> None:
         """Free the context; idempotent."""
@@ -234,6 +240,12 @@ def engine_version() -> str:
         return f"llama.cpp {version('llama-cpp-python')}"
     except PackageNotFoundError:
         return "llama.cpp"
+
+
+def _floats(address: int, n: int) -> NDArray[np.float32]:
+    """A view over ``n`` floats of llama.cpp's memory."""
+    memory: Any = (ctypes.c_float * n).from_address(address)
+    return np.frombuffer(memory, np.float32)
 
 
 def _ggml_type(lib: Any, name: str) -> int:

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nbinfer.contract.errors import ContextOverflow, EngineClosed, EngineError, NbinferError, NotSupported, SchemaError
+from nbinfer.contract.errors import (
+    ContextOverflow,
+    EngineClosed,
+    EngineError,
+    NbinferError,
+    NotSupported,
+    SchemaError,
+)
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.results import Delta, Finished, PromptProgress, Result, Timings, TokenLogprob, Usage
 from nbinfer.engines.llamacpp.constrain import Constrainer
@@ -77,6 +84,7 @@ class Sequence:
 
     @property
     def interactive(self) -> bool:
+        """Whether somebody waits at a cell."""
         return self.request.priority == "interactive"
 
     @property
@@ -177,7 +185,7 @@ class CompletionEngine:
 
         if not isinstance(request, CompletionRequest):
             raise NotSupported(
-                f"{self._name} is loaded for completion; load it with mode='embedding' or mode='reranking' for that.",
+                f"{self._name} is loaded for completion: load it with another mode for that.",
             )
         if request.n != 1:
             raise NotSupported("one request gives one answer here: submit it n times with different seeds.")
@@ -250,7 +258,11 @@ class CompletionEngine:
             return request.prompt, weights.tokenize(request.prompt, special=True, add_special=True)
         messages = request.messages or ()
         if self._template is None:
-            if len(messages) == 1 and messages[0]["role"] == "user" and isinstance(messages[0].get("content"), str):
+            if (
+                len(messages) == 1
+                and messages[0]["role"] == "user"
+                and isinstance(messages[0].get("content"), str)
+            ):
                 text = messages[0]["content"]
                 return text, weights.tokenize(text, special=True, add_special=True)
             raise NotSupported(
@@ -315,7 +327,11 @@ class CompletionEngine:
     def _fail_all(self, error: NbinferError) -> None:
         with self._wake:
             self._closing = True
-            everyone = [*self._waiting, *self._inbox, *(s.sequence for s in self._slots if s.sequence is not None)]
+            everyone = [
+                *self._waiting,
+                *self._inbox,
+                *(s.sequence for s in self._slots if s.sequence is not None),
+            ]
             self._waiting.clear()
             self._inbox.clear()
             for slot in self._slots:
@@ -361,30 +377,22 @@ class CompletionEngine:
     def _place(self, sequence: Sequence) -> bool:
         """Put a sequence into the best free slot; False when it should wait for a prefix being computed."""
         tokens = sequence.tokens(0, sequence.length)
-        usable = sequence.length - 1  # at least one token must be decoded, for its logits
-        source, shared = None, 0
-        if self._shares_prefixes:
-            for slot in self._slots:
-                n = min(_common_prefix(slot.held, tokens), usable)
-                if n > shared:
-                    source, shared = slot, n
-            for slot in self._slots:
-                other = slot.sequence
-                if other is not None and not other.generating and not sequence.interactive:
-                    coming = min(_common_prefix(other.prompt, tokens), usable)
-                    if coming >= max(shared, MIN_SHARED) + MIN_SHARED:
-                        return False
+        source, shared = self._longest_held(tokens)
+        if not sequence.interactive and self._computing_more(tokens, shared):
+            return False
         free = [s for s in self._slots if s.sequence is None]
-        if source is not None and source.sequence is None and shared >= len(source.held) // 2:
+        if (
+            source is not None
+            and source.sequence is None
+            and (shared >= len(source.held) // 2 or free == [source])
+        ):
             target = source
-        else:
-            # Prefer a slot that holds nothing useful, then the one unused for longest.
-            target = min((s for s in free if s is not source or len(free) == 1), key=lambda s: (len(s.held) > 0, s.released))
-        if target is source:
             self._context.drop(target.index, shared)
         else:
+            # Prefer a slot that holds nothing, then the one unused for longest.
+            target = min((s for s in free if s is not source), key=lambda s: (len(s.held) > 0, s.released))
             self._context.drop(target.index)
-            if source is not None and shared:
+            if source is not None:
                 self._context.copy(source.index, target.index, shared)
         target.held = tokens[:shared]
         target.sequence = sequence
@@ -394,12 +402,34 @@ class CompletionEngine:
             sequence.started = time.perf_counter()
         return True
 
+    def _longest_held(self, tokens: NDArray[np.int32]) -> tuple[Slot | None, int]:
+        """The slot that holds the longest beginning of ``tokens``, and its length."""
+        source, shared = None, 0
+        if self._shares_prefixes:
+            for slot in self._slots:
+                # At least one token is left to decode, for its logits.
+                n = min(_common_prefix(slot.held, tokens), len(tokens) - 1)
+                if n > shared:
+                    source, shared = slot, n
+        return source, shared
+
+    def _computing_more(self, tokens: NDArray[np.int32], shared: int) -> bool:
+        """Whether a prompt being computed will soon share clearly more than ``shared`` tokens."""
+        if not self._shares_prefixes:
+            return False
+        coming = (
+            min(_common_prefix(s.sequence.prompt, tokens), len(tokens) - 1)
+            for s in self._slots
+            if s.sequence is not None and not s.sequence.generated
+        )
+        return max(coming, default=0) >= max(shared, MIN_SHARED) + MIN_SHARED
+
     def _evict_batch_row(self) -> bool:
         """Send the youngest batch row back to the queue; its tokens are kept and computed again later."""
         rows = [s for s in self._slots if s.sequence is not None and not s.sequence.interactive]
         if not rows:
             return False
-        self._preempt(max(rows, key=lambda s: s.sequence.started or 0.0 if s.sequence else 0.0))
+        self._preempt(max(rows, key=_youth))
         return True
 
     def _preempt(self, slot: Slot) -> None:
@@ -423,14 +453,14 @@ class CompletionEngine:
             return True
         taken = [s for s in self._slots if s.sequence is not None]
         if len(taken) > 1:
-            youngest = max(taken, key=lambda s: (not s.sequence.interactive, s.sequence.started or 0.0) if s.sequence else (False, 0.0))
-            self._preempt(youngest)
+            self._preempt(max(taken, key=_youth))
             return True
         return False
 
     # -- one step ---------------------------------------------------------------------------------------
 
     def _advance(self) -> None:
+        """Decode one batch and hand its outcome to the sequences in it."""
         active = [s.sequence for s in self._slots if s.sequence is not None]
         if not active:
             return
@@ -438,33 +468,33 @@ class CompletionEngine:
         if self._step % BATCH_TURN and any(s.interactive for s in active):
             active = [s for s in active if s.interactive]
         planned = list(self._plan(active))
-        began = time.perf_counter()
         with self._wake:
-            self._in_flight = frozenset(sequence.stream for sequence, _, _ in planned)
             if self._cancelled or self._closing:
-                self._in_flight = frozenset()
                 self._context.clear_batch()
                 return
+            self._in_flight = frozenset(sequence.stream for sequence, _, _ in planned)
+        began = time.perf_counter()
         code = self._context.decode()
+        now = time.perf_counter()
         self._in_flight = frozenset()
         if code == ABORTED:
             # Only a batch of cancelled requests, or a closing engine, is aborted; part of it may be stored.
             for sequence, _, _ in planned:
                 self._context.drop(sequence.slot, sequence.position)
-            return
-        if code == NO_SPACE:
+        elif code == NO_SPACE:
             if not self._make_room():
                 for sequence, _, _ in planned:
                     self._finish(sequence, "length")
-            return
-        now = time.perf_counter()
+        else:
+            self._note_prompt_rate(planned, now - began)
+            for sequence, n, index in planned:
+                self._after_decode(sequence, n, index, now)
+
+    def _note_prompt_rate(self, planned: list[tuple[Sequence, int, int]], seconds: float) -> None:
         n_prompt = sum(n for sequence, n, _ in planned if not sequence.generating)
-        if n_prompt:
-            self._prompt_tokens += n_prompt
-            if n_prompt > len(planned):
-                self._prompt_rate = n_prompt / max(now - began, 1e-6)
-        for sequence, n, index in planned:
-            self._after_decode(sequence, n, index, now)
+        self._prompt_tokens += n_prompt
+        if n_prompt >= MIN_CHUNK:
+            self._prompt_rate = n_prompt / max(seconds, 1e-6)
 
     def _plan(self, active: list[Sequence]) -> Iterator[tuple[Sequence, int, int]]:
         """Fill the batch: yields (sequence, tokens added, batch index of its last token)."""
@@ -482,7 +512,11 @@ class CompletionEngine:
             n = min(sequence.length - sequence.position, budget)
             end = sequence.position + n
             tokens = sequence.tokens(sequence.position, end)
-            yield sequence, n, context.add(sequence.slot, tokens, sequence.position, output=end == sequence.length)
+            yield (
+                sequence,
+                n,
+                context.add(sequence.slot, tokens, sequence.position, output=end == sequence.length),
+            )
             budget -= n
 
     def _after_decode(self, sequence: Sequence, n: int, index: int, now: float) -> None:
@@ -490,7 +524,9 @@ class CompletionEngine:
         was_prompt = not sequence.generating
         sequence.position += n
         slot = self._slots[sequence.slot]
-        slot.held = sequence.tokens(0, sequence.position) if self._shares_prefixes and was_prompt else slot.held
+        slot.held = (
+            sequence.tokens(0, sequence.position) if self._shares_prefixes and was_prompt else slot.held
+        )
         if was_prompt and not sequence.generated:
             sequence.stream.put(PromptProgress(sequence.position, len(sequence.prompt), sequence.cached))
         if sequence.position < sequence.length:
@@ -568,7 +604,8 @@ class CompletionEngine:
         if error is None and matcher is not None and reason == "length" and not matcher.accepting:
             text = "".join(sequence.answer)
             error = SchemaError(
-                f"the answer was cut after {len(sequence.generated)} tokens, before it was whole: raise max_tokens.",
+                f"the answer was cut after {len(sequence.generated)} tokens, before it was whole: "
+                "raise max_tokens.",
                 raw=text,
             )
         if error is not None:
@@ -615,6 +652,12 @@ class CompletionEngine:
         if request.stop:
             params["stop"] = list(request.stop)
         return params
+
+
+def _youth(slot: Slot) -> tuple[bool, float]:
+    """Sorts batch rows after cells, and the newest last."""
+    sequence = slot.sequence
+    return (False, 0.0) if sequence is None else (not sequence.interactive, sequence.started or 0.0)
 
 
 def _common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:

@@ -91,7 +91,7 @@ def library() -> ModuleType:
         if absent:
             os.environ.pop("OMP_WAIT_POLICY", None)
 
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    @llama_cpp.llama_log_callback  # type: ignore[misc]
     def on_log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
         LOG.append(level, text.decode("utf-8", "replace"))
 

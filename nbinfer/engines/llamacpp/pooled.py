@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nbinfer.contract.errors import ContextOverflow, EngineClosed, EngineError, NbinferError, NotSupported, RequestError
+from nbinfer.contract.errors import (
+    ContextOverflow,
+    EngineClosed,
+    EngineError,
+    NbinferError,
+    NotSupported,
+    RequestError,
+)
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import EmbeddingRequest, RerankRequest
 from nbinfer.contract.results import EmbeddingResult, Finished, PromptProgress, RerankResult
@@ -41,7 +48,9 @@ class _Job:
 class PooledEngine:
     """Serves embeddings, or relevance scores, of one model; one thread owns the context."""
 
-    def __init__(self, weights: Weights, settings: ContextSettings, *, mode: Mode, name: str, digest: str = "") -> None:
+    def __init__(
+        self, weights: Weights, settings: ContextSettings, *, mode: Mode, name: str, digest: str = ""
+    ) -> None:
         lib = weights._lib  # noqa: SLF001 - the same engine's other half
         self._lib = lib
         self._weights = weights
@@ -53,9 +62,17 @@ class PooledEngine:
         ranks = pooling == lib.LLAMA_POOLING_TYPE_RANK
         if pooling == lib.LLAMA_POOLING_TYPE_NONE or ranks != (mode == Mode.RERANKING):
             self._context.close()
-            can = "reranking" if ranks else "completion" if pooling == lib.LLAMA_POOLING_TYPE_NONE else "embedding"
-            raise NotSupported(f"{name} cannot do {mode}: its file says it is made for {can}. Use mode='{can}'.")
-        # A ranking model gives as many numbers as it has labels, not a vector: reading more would run past the end.
+            can = (
+                "reranking"
+                if ranks
+                else "completion"
+                if pooling == lib.LLAMA_POOLING_TYPE_NONE
+                else "embedding"
+            )
+            raise NotSupported(
+                f"{name} cannot do {mode}: its file says it is made for {can}. Use mode='{can}'."
+            )
+        # A ranking model gives as many numbers as it has labels: reading a vector would run past the end.
         self._size = int(lib.llama_model_n_cls_out(weights.pointer)) if ranks else weights.embedding_size
         gpu = bool(lib.llama_supports_gpu_offload())
         self._pack_tokens = min(self._context.n_ubatch, GPU_PACK_TOKENS if gpu else CPU_PACK_TOKENS)
@@ -89,20 +106,22 @@ class PooledEngine:
 
     def submit(self, request: Request) -> Stream:
         """Start an embedding or reranking request. See :meth:`nbinfer.engines.protocol.Engine.submit`."""
-        wanted = RerankRequest if self.info.mode == Mode.RERANKING else EmbeddingRequest
-        if not isinstance(request, wanted):
-            raise NotSupported(f"{self._name} is loaded for {self.info.mode}; load a model in the mode you need.")
-        if isinstance(request, RerankRequest):
+        if isinstance(request, RerankRequest) and self.info.mode == Mode.RERANKING:
             tokens = [self._pair(request.query, document) for document in request.documents]
-        else:
+        elif isinstance(request, EmbeddingRequest) and self.info.mode == Mode.EMBEDDING:
             tokens = [self._weights.tokenize(text, special=False, add_special=True) for text in request.texts]
             dims = request.dims
             if dims is not None and dims > self._size:
                 raise RequestError(f"dims={dims}, but {self._name} has vectors of {self._size} components.")
+        else:
+            raise NotSupported(
+                f"{self._name} is loaded for {self.info.mode}: load a model in the mode you need."
+            )
         for i, t in enumerate(tokens):
             if len(t) > self.info.context_size:
                 raise ContextOverflow(
-                    f"text {i} has {len(t):,} tokens, but {self._name} takes at most {self.info.context_size:,}. "
+                    f"text {i} has {len(t):,} tokens, but {self._name} takes at most "
+                    f"{self.info.context_size:,}. "
                     "Shorten or split it.",
                     prompt_tokens=len(t),
                     context_size=self.info.context_size,
@@ -135,7 +154,8 @@ class PooledEngine:
         return np.concatenate(parts)
 
     def render(self, request: CompletionRequest) -> tuple[str, int]:
-        """Not for pooled models: there is no prompt."""
+        """Raise ``NotSupported``: a pooled model has no prompt."""
+        del request
         raise NotSupported(f"{self._name} is loaded for {self.info.mode}: it has no prompt to show.")
 
     def count_tokens(self, text: str) -> int:
@@ -196,7 +216,9 @@ class PooledEngine:
         seconds = time.perf_counter() - began
         if isinstance(job.request, RerankRequest):
             job.stream.put(
-                Finished(RerankResult(scores=out[:, 0].copy(), n_tokens=counts, model=self._name, seconds=seconds)),
+                Finished(
+                    RerankResult(scores=out[:, 0].copy(), n_tokens=counts, model=self._name, seconds=seconds)
+                ),
             )
             return
         if job.request.dims is not None:
@@ -204,7 +226,9 @@ class PooledEngine:
         if job.request.normalize and len(out):
             lengths = np.linalg.norm(out, axis=1, keepdims=True)
             np.divide(out, lengths, out=out, where=lengths > 0)
-        job.stream.put(Finished(EmbeddingResult(vectors=out, n_tokens=counts, model=self._name, seconds=seconds)))
+        job.stream.put(
+            Finished(EmbeddingResult(vectors=out, n_tokens=counts, model=self._name, seconds=seconds))
+        )
 
     def _packs(self, tokens: list[NDArray[np.int32]]) -> list[list[int]]:
         """Group texts so that a pack stays below the best token count (a long text is a pack by itself)."""
@@ -219,7 +243,9 @@ class PooledEngine:
             size += n
         return packs
 
-    def _decode_pack(self, pack: list[int], tokens: list[NDArray[np.int32]], out: NDArray[np.float32]) -> None:
+    def _decode_pack(
+        self, pack: list[int], tokens: list[NDArray[np.int32]], out: NDArray[np.float32]
+    ) -> None:
         context = self._context
         context.clear()
         filled: list[tuple[int, int]] = []

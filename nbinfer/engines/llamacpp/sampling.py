@@ -37,14 +37,22 @@ class Sampler:
         The constraint that every token obeys, or None.
     """
 
-    def __init__(self, sampling: Sampling, *, seed: int, n_vocab: int, matcher: Matcher | None = None) -> None:
+    def __init__(
+        self, sampling: Sampling, *, seed: int, n_vocab: int, matcher: Matcher | None = None
+    ) -> None:
         self._lib = library()
         self._n_vocab = n_vocab
         self.matcher = matcher
         self._bias = self._bias_of(sampling)
         self._greedy = sampling.temperature == 0
-        penalised = (sampling.repeat_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1, 0, 0)
-        self._chain: Any = None if self._greedy and not penalised else self._make_chain(sampling, seed, penalised=penalised)
+        penalised = (sampling.repeat_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (
+            1,
+            0,
+            0,
+        )
+        self._chain: Any = (
+            None if self._greedy and not penalised else self._make_chain(sampling, seed, penalised=penalised)
+        )
 
     def _bias_of(self, sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         if not sampling.logit_bias:
@@ -100,7 +108,9 @@ class Sampler:
                 self.matcher.mask(logits)
         token = int(logits.argmax()) if self._chain is None else self._draw(logits)
         if not np.isfinite(logits[token]):
-            raise EngineError("the model produced no usable scores for the next token (all are NaN or excluded).")
+            raise EngineError(
+                "the model produced no usable scores for the next token (all are NaN or excluded)."
+            )
         if self._chain is not None:
             self._lib.llama_sampler_accept(self._chain, token)
         if self.matcher is not None:

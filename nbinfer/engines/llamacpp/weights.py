@@ -55,8 +55,9 @@ class Weights:
         params.n_gpu_layers = -1 if gpu_layers is None else gpu_layers
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if mmap else lib.LLAMA_LOAD_MODE_NONE
         if b"AMX_INT8 = 1" in lib.llama_print_system_info():
-            # GCC 12 drops most of the stores to llama.cpp's AMX tile configuration, and quantised weights then end
-            # the process with a general protection fault at the first batch. This keeps them off the AMX path.
+            # GCC 12 drops most of the stores to llama.cpp's AMX tile configuration, and quantised weights
+            # then end the process with a general protection fault at the first batch. This keeps them off
+            # the AMX path.
             params.use_extra_bufts = False
         if main_gpu is not None:
             params.main_gpu = main_gpu
@@ -65,7 +66,7 @@ class Weights:
             params.tensor_split = shares
         self._cancelled = threading.Event()
 
-        @lib.llama_progress_callback  # type: ignore[untyped-decorator]
+        @lib.llama_progress_callback  # type: ignore[misc]
         def progress(fraction: float, _user_data: ctypes.c_void_p) -> bool:
             if on_progress is not None:
                 on_progress(fraction)
@@ -225,7 +226,9 @@ class Weights:
 
 def _load_failure(path: Path, errors: list[str], gpu_layers: int | None) -> str:
     """Turn llama.cpp's own words into a headline and a fix."""
-    reason = next((line for line in errors if "error loading model" in line), errors[0] if errors else "no reason given")
+    reason = next(
+        (line for line in errors if "error loading model" in line), errors[0] if errors else "no reason given"
+    )
     reason = reason.split("error loading model:")[-1].strip()[:300]
     lowered = " ".join(errors).lower()
     if "unknown model architecture" in lowered:
@@ -234,5 +237,8 @@ def _load_failure(path: Path, errors: list[str], gpu_layers: int | None) -> str:
         less = "gpu_layers=0 or a smaller value" if gpu_layers != 0 else "a smaller quantisation"
         fix = f"There is not enough free memory: try {less}, or unload other models."
     else:
-        fix = "The file may be damaged or made for another version: download it again, or check it with `nbinfer estimate`."
+        fix = (
+            "The file may be damaged or made for another version: download it again, "
+            "or check it with `nbinfer estimate`."
+        )
     return f"cannot load {path.name}: {reason}\n{fix}"

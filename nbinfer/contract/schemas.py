@@ -1,0 +1,67 @@
+"""What a caller gives as a schema, as JSON Schema for the engine and as a typed value for the caller.
+
+A schema is a pydantic model, dataclass, TypedDict, Enum, ``Literal[…]``, any other type that pydantic can
+describe, or a JSON Schema as a dict.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from nbinfer.contract.errors import RequestError, SchemaError
+
+
+class Schema:
+    """A schema in both its forms.
+
+    Parameters
+    ----------
+    source
+        A type, or a JSON Schema as a mapping.
+
+    Raises
+    ------
+    RequestError
+        Neither a mapping nor a type that can be described.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self._adapter: Any = None
+        if isinstance(source, Mapping):
+            self.json_schema: dict[str, Any] = dict(source)
+            return
+        from pydantic import TypeAdapter
+        from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+
+        try:
+            self._adapter = TypeAdapter(source)
+            self.json_schema = self._adapter.json_schema()
+        except (PydanticSchemaGenerationError, PydanticUserError, TypeError) as e:
+            raise RequestError(
+                f"schema={source!r} cannot be described as JSON Schema.\n"
+                "Use a pydantic model, dataclass, TypedDict, Enum, Literal or a JSON Schema dict.",
+            ) from e
+
+    def parse(self, text: str) -> Any:
+        """Return the typed value of ``text``.
+
+        Raises
+        ------
+        SchemaError
+            The text is not JSON, or does not validate; ``raw`` holds it.
+        """
+        from pydantic import ValidationError
+
+        try:
+            if self._adapter is None:
+                return json.loads(text)
+            return self._adapter.validate_json(text)
+        except ValidationError as e:
+            first = e.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the whole answer"
+            raise SchemaError(f"the answer does not fit the schema: {where}: {first['msg']}", raw=text) from e
+        except ValueError as e:
+            raise SchemaError(f"the answer is not valid JSON: {e}", raw=text) from e

@@ -1,0 +1,785 @@
+"""What this kernel holds: loaded models, the default one, and how a request is made and run."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import difflib
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from nbinfer.contract.errors import (
+    ConfigError,
+    ModelNotFound,
+    NotSupported,
+    RequestError,
+    SchemaError,
+)
+from nbinfer.contract.modes import Mode
+from nbinfer.contract.requests import (
+    CompletionRequest,
+    Constraint,
+    EmbeddingRequest,
+    RerankRequest,
+    Sampling,
+)
+from nbinfer.contract.results import Delta, Finished, Result
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from types import TracebackType
+
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from nbinfer.contract.requests import Message, Request
+    from nbinfer.contract.results import Event
+    from nbinfer.contract.schemas import Schema
+    from nbinfer.engines.protocol import Engine, EngineInfo
+    from nbinfer.engines.stream import Stream
+
+_SAMPLING = tuple(f.name for f in dataclasses.fields(Sampling))
+OPTIONS = (
+    *_SAMPLING,
+    "messages",
+    "system",
+    "images",
+    "tools",
+    "max_tokens",
+    "stop",
+    "schema",
+    "choices",
+    "regex",
+    "grammar",
+    "json",
+    "logprobs",
+    "think",
+    "reasoning_budget",
+    "raw",
+    "params",
+    "priority",
+)
+"""Every option that :func:`infer` and its siblings take, besides the prompt and the model."""
+
+
+# -- making a request -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request, and the schema its answer is read with."""
+
+    request: CompletionRequest
+    schema: Schema | None = None
+    choices: tuple[str, ...] | None = None
+
+    def read(self, result: Result) -> Result:
+        """Add the typed value to a finished result.
+
+        Raises
+        ------
+        SchemaError
+            The answer does not fit the schema.
+        """
+        if result.finish_reason == "interrupted" or self.request.constraint is None:
+            return result
+        kind = self.request.constraint.kind
+        if self.choices is not None:
+            return result.with_changes(parsed=result.text)
+        if self.schema is not None:
+            return result.with_changes(parsed=self.schema.parse(result.text))
+        if kind == "json":
+            import json
+
+            try:
+                return result.with_changes(parsed=json.loads(result.text))
+            except ValueError as e:
+                raise SchemaError(f"the answer is not whole JSON: {e}", raw=result.text) from e
+        return result
+
+
+def prepare(prompt: str | None = None, **options: Any) -> Prepared:
+    """Build and validate a request; runs nothing. The options are those of :func:`infer`.
+
+    Raises
+    ------
+    RequestError
+        An option is unknown, contradictory or out of range.
+    """
+    options |= _checked_params(options.pop("params", None))
+    _reject_unknown(options)
+    options = {name: value for name, value in options.items() if value is not None}
+    sampling = Sampling(**{name: options.pop(name) for name in _SAMPLING if name in options})
+    constraint, schema, choices = _constraint(options)
+    messages, raw_prompt = _conversation(prompt, options)
+    stop = options.pop("stop", ())
+    request = CompletionRequest(
+        messages=messages,
+        prompt=raw_prompt,
+        sampling=sampling,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        constraint=constraint,
+        tools=tuple(options.pop("tools", ())),
+        images=tuple(_image_bytes(image) for image in options.pop("images", ())),
+        **options,
+    )
+    return Prepared(request, schema, choices)
+
+
+def _checked_params(params: Any) -> dict[str, Any]:
+    if params is None:
+        return {}
+    if not isinstance(params, Mapping):
+        raise RequestError(f"params is {type(params).__name__}, not a dict of options.")
+    return dict(params)
+
+
+def _reject_unknown(options: Mapping[str, Any]) -> None:
+    unknown = [name for name in options if name not in OPTIONS]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], OPTIONS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise RequestError(f"unknown option {unknown[0]!r}.{hint}\nOptions: {', '.join(sorted(OPTIONS))}.")
+
+
+def _constraint(options: dict[str, Any]) -> tuple[Constraint | None, Schema | None, tuple[str, ...] | None]:
+    given = [
+        name
+        for name in ("schema", "choices", "regex", "grammar", "json")
+        if options.get(name) not in (None, False)
+    ]
+    values = {name: options.pop(name, None) for name in ("schema", "choices", "regex", "grammar", "json")}
+    if len(given) > 1:
+        raise RequestError(f"{' and '.join(given)} cannot be combined: each fixes the whole output.")
+    if not given:
+        return None, None, None
+    kind, value = given[0], values[given[0]]
+    if kind == "schema":
+        from nbinfer.contract.schemas import Schema
+
+        schema = value if isinstance(value, Schema) else Schema(value)
+        return Constraint("json_schema", schema.json_schema), schema, None
+    if kind == "choices":
+        choices = tuple(str(c) for c in value) if not isinstance(value, str) else ()
+        if not choices or any(not c for c in choices):
+            raise RequestError("choices needs a list of at least one non-empty text.")
+        return Constraint("choices", choices), None, choices
+    if kind == "json":
+        return Constraint("json"), None, None
+    return Constraint("regex" if kind == "regex" else "grammar", str(value)), None, None
+
+
+def _conversation(prompt: Any, options: dict[str, Any]) -> tuple[tuple[Message, ...] | None, str | None]:
+    messages, system, raw = (
+        options.pop("messages", None),
+        options.pop("system", None),
+        options.pop("raw", False),
+    )
+    if prompt is not None and not isinstance(prompt, str):
+        raise RequestError(
+            f"the prompt is {type(prompt).__name__}, not text. For a conversation use messages=[…]."
+        )
+    if (prompt is None) == (messages is None):
+        raise RequestError("give a prompt or messages=[…], not both and not neither.")
+    if raw:
+        if system is not None or messages is not None:
+            raise RequestError(
+                "raw=True sends the prompt as it is: it goes with neither system nor messages."
+            )
+        return None, prompt
+    conversation = list(messages) if messages is not None else [{"role": "user", "content": prompt}]
+    if system is not None:
+        conversation.insert(0, {"role": "system", "content": str(system)})
+    return tuple(conversation), None
+
+
+def _image_bytes(image: Any) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | Path):
+        path = Path(image)
+        try:
+            return path.read_bytes()
+        except OSError as e:
+            raise RequestError(f"cannot read the image {path}: {e.strerror or e}") from e
+    if hasattr(image, "save"):  # a PIL image
+        import io
+
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return buffer.getvalue()
+    if hasattr(image, "_repr_png_"):
+        png = image._repr_png_()
+        return base64.b64decode(png) if isinstance(png, str) else bytes(png)
+    raise RequestError(f"an image is {type(image).__name__}: give a path, bytes or a PIL image.")
+
+
+# -- running a request ----------------------------------------------------------------------------------
+
+
+class TextStream:
+    """An answer on its way: iterate it for pieces of text.
+
+    Leaving the loop early stops the engine. ``result()`` waits for the whole answer, ``partial()`` is what
+    there is so far, ``events()`` yields everything including progress and reasoning.
+    """
+
+    def __init__(self, stream: Stream, prepared: Prepared, model: Model) -> None:
+        self._stream = stream
+        self._prepared = prepared
+        self._model = model
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._result: Result | None = None
+
+    def events(self) -> Iterator[Event]:
+        """Yield every event; the last is ``Finished``, its result with the typed value read."""
+        try:
+            for event in self._stream:
+                yield self._note(event)
+        finally:
+            if not self._stream.done:
+                self._stream.cancel()
+
+    def __iter__(self) -> Iterator[str]:
+        for event in self.events():
+            if isinstance(event, Delta) and not event.reasoning:
+                yield event.text
+
+    async def aevents(self) -> AsyncIterator[Event]:
+        """Yield every event without blocking the event loop."""
+        try:
+            async for event in self._stream:
+                yield self._note(event)
+        finally:
+            if not self._stream.done:
+                self._stream.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        async for event in self.aevents():
+            if isinstance(event, Delta) and not event.reasoning:
+                yield event.text
+
+    def _note(self, event: Event) -> Event:
+        if isinstance(event, Delta):
+            (self._reasoning if event.reasoning else self._text).append(event.text)
+        elif isinstance(event, Finished):
+            self._result = self._model._finished(cast("Result", event.result), self._prepared)  # noqa: SLF001 - one room
+            return Finished(self._result)
+        return event
+
+    def cancel(self) -> None:
+        """Stop generating; the result is then ``interrupted``."""
+        self._stream.cancel()
+
+    def result(self) -> Result:
+        """Wait for the whole answer. An interrupt (Ctrl-C, ■) stops the engine and is raised on."""
+        if self._result is None:
+            for event in self.events():
+                del event
+        if self._result is None:
+            # The events were read to the end elsewhere, or the loop over them was left.
+            self._result = self._model._finished(self._stream.result(), self._prepared)  # noqa: SLF001 - one room
+        return self._result
+
+    def partial(self) -> Result:
+        """What has arrived so far, as a result with ``finish_reason="interrupted"``."""
+        if self._result is not None:
+            return self._result
+        request = self._prepared.request
+        return self._model._adopt(  # noqa: SLF001 - one room
+            Result(
+                text="".join(self._text),
+                reasoning="".join(self._reasoning) or None,
+                finish_reason="interrupted",
+                model=self._model.name,
+                messages=request.messages,
+            ),
+        )
+
+
+class Chat:
+    """A conversation with one model; ``messages`` is its history."""
+
+    def __init__(self, model: Model, system: str | None = None) -> None:
+        self._model = model
+        self._system = system
+        self.messages: list[dict[str, Any]] = []
+        self.clear()
+
+    def send(self, prompt: str, **options: Any) -> Result:
+        """Ask, and keep both the question and the answer. A failed or interrupted turn is not kept."""
+        asked = [*self.messages, {"role": "user", "content": prompt}]
+        result = self._model.infer(messages=asked, **options)
+        self.messages = [*asked, {"role": "assistant", "content": result.text}]
+        return result
+
+    def clear(self) -> None:
+        """Forget the conversation, keep the system prompt."""
+        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+
+
+@dataclass(eq=False)
+class Model:
+    """A loaded model. Also a context manager: ``with nb.load("demo") as m: …`` unloads it at the end."""
+
+    engine: Engine
+    name: str
+    ref: str = ""
+    backend: str = ""
+    where: str = "kernel"
+    mode: Mode = Mode.COMPLETION
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What was asked for; ``info.effective`` is what the engine uses."""
+    path: Path | None = None
+    memory: Any = None
+    """The estimate made before the load, or None."""
+    loaded_at: float = field(default_factory=time.time)
+    load_seconds: float = 0.0
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine really uses."""
+        return self.engine.info
+
+    def __repr__(self) -> str:
+        size = f"context {self.info.context_size:,}"
+        return f"<Model {self.name} ({self.mode}, {self.backend}, {self.where}, {size})>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.unload()
+
+    def request(self, prompt: str | None = None, **options: Any) -> CompletionRequest:
+        """Build and validate a request; runs nothing."""
+        return prepare(prompt, **options).request
+
+    def submit(self, request: Request) -> Stream:
+        """Start a request made by hand; see :class:`nbinfer.engines.stream.Stream`."""
+        return self.engine.submit(request)
+
+    def stream(self, prompt: str | None = None, **options: Any) -> TextStream:
+        """Start an answer and return at once; iterate the return value for its text."""
+        prepared = prepare(prompt, **options)
+        return TextStream(self.engine.submit(prepared.request), prepared, self)
+
+    def infer(self, prompt: str | None = None, **options: Any) -> Result:
+        """Ask and wait for the answer. See :func:`infer`."""
+        return self.stream(prompt, **options).result()
+
+    async def ainfer(self, prompt: str | None = None, **options: Any) -> Result:
+        """As :meth:`infer`, without blocking the event loop; cancelling the task stops the engine."""
+        stream = self.stream(prompt, **options)
+        async for event in stream.aevents():
+            del event
+        return stream.result()
+
+    def chat(self, system: str | None = None) -> Chat:
+        """Start a conversation."""
+        return Chat(self, system)
+
+    def embed(
+        self, texts: Sequence[str] | str, *, normalize: bool = True, dims: int | None = None
+    ) -> NDArray[np.float32]:
+        """Return vectors, float32 of shape (texts, dimensions); one text gives shape (1, dimensions)."""
+        batch = [texts] if isinstance(texts, str) else list(texts)
+        stream = self.engine.submit(EmbeddingRequest(texts=batch, normalize=normalize, dims=dims))
+        return cast("NDArray[np.float32]", _wait(stream).vectors)
+
+    def rerank(self, query: str, documents: Sequence[str]) -> NDArray[np.float32]:
+        """Return a score per document, float32 of shape (documents,); higher is more relevant."""
+        stream = self.engine.submit(RerankRequest(query=query, documents=list(documents)))
+        return cast("NDArray[np.float32]", _wait(stream).scores)
+
+    def unload(self) -> None:
+        """Free the model's memory; idempotent."""
+        session.forget(self)
+        self.engine.close()
+
+    def _adopt(self, result: Result) -> Result:
+        return result.with_changes(model=self.name, continue_with=self.infer)
+
+    def _finished(self, result: Result, prepared: Prepared) -> Result:
+        return prepared.read(self._adopt(result))
+
+
+def _wait(stream: Stream) -> Any:
+    try:
+        return stream.result()
+    except BaseException:
+        stream.cancel()
+        raise
+
+
+# -- the session ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Settings:
+    """What a notebook can set once: ``model`` is the default of cells and calls that name none."""
+
+    model: str | None = None
+
+
+class Session:
+    """The models this process has loaded, by name."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, Model] = {}
+        self._lock = threading.Lock()
+        self.aliases: dict[str, str] = {}
+
+    def models(self) -> list[Model]:
+        """Loaded models, oldest first."""
+        with self._lock:
+            return list(self._models.values())
+
+    def add(self, model: Model) -> None:
+        """Remember a model under its name; one of the same name is unloaded first."""
+        with self._lock:
+            replaced = self._models.pop(model.name, None)
+            self._models[model.name] = model
+        if replaced is not None and replaced is not model:
+            replaced.engine.close()
+
+    def forget(self, model: Model) -> None:
+        """Take a model off the list."""
+        with self._lock:
+            for name in [name for name, known in self._models.items() if known is model]:
+                del self._models[name]
+
+    def find(self, name: str) -> Model | None:
+        """Return a loaded model by name, alias or reference; None when there is none."""
+        ref = self.aliases.get(name, name)
+        with self._lock:
+            if name in self._models:
+                return self._models[name]
+            return next((m for m in self._models.values() if ref in (m.ref, m.name)), None)
+
+
+session = Session()
+settings = Settings()
+
+
+def loaded() -> list[Model]:
+    """Models loaded in this kernel, oldest first."""
+    return session.models()
+
+
+def get(model: Model | str | None = None, *, mode: Mode | str = Mode.COMPLETION) -> Model:
+    """Return the model a call means: the one given, the default, or the only one loaded in that mode.
+
+    Raises
+    ------
+    ModelNotFound
+        None is meant, several could be, or the name is not loaded; the message lists what is.
+    """
+    if isinstance(model, Model):
+        return model
+    candidates = [m for m in session.models() if m.mode == mode]
+    name = model if model is not None else settings.model
+    if name is not None:
+        found = session.find(name)
+        if found is None:
+            raise ModelNotFound(
+                f"no model called {name!r} is loaded. {_loaded_words(session.models())}\n"
+                f"Load it with nb.load({name!r})."
+            )
+        if found.mode == mode or model is not None:
+            return found
+    if len(candidates) == 1:
+        return candidates[0]
+    if not candidates:
+        hint = {
+            Mode.EMBEDDING: '"demo-embed", mode="embedding"',
+            Mode.RERANKING: 'ref, mode="reranking"',
+        }.get(Mode(mode), '"demo"')
+        raise ModelNotFound(
+            f"no {mode} model is loaded. {_loaded_words(session.models())}\nLoad one with nb.load({hint})."
+        )
+    names = ", ".join(m.name for m in candidates)
+    raise ModelNotFound(
+        f"several {mode} models are loaded: {names}.\n"
+        f"Say which: model={candidates[0].name!r}, or set nb.settings.model."
+    )
+
+
+def _loaded_words(models: list[Model]) -> str:
+    return (
+        "Loaded: " + ", ".join(f"{m.name} ({m.mode})" for m in models) + "."
+        if models
+        else "Nothing is loaded."
+    )
+
+
+def load(
+    ref: str | Path,
+    *,
+    backend: str | None = None,
+    where: str = "kernel",
+    mode: Mode | str | None = None,
+    name: str | None = None,
+    context_size: int | None = None,
+    keep_alive: Any = None,
+    gpu_layers: int | None = None,
+    kv_type: str | None = None,
+    parallel: int | None = None,
+    force: bool = False,
+    progress: Any = None,
+    **backend_options: Any,
+) -> Model:
+    """Load a model and return it; the same call again returns the model that is already there.
+
+    Parameters
+    ----------
+    ref
+        ``demo``, ``demo-embed``, a path to a GGUF file, or any reference that ``nb.models()`` shows.
+    backend
+        Name of the backend; None chooses by the file's format.
+    where
+        ``kernel``: inside this process.
+    mode
+        ``completion``, ``embedding`` or ``reranking``; None reads it from the file's header.
+    context_size
+        Tokens of prompt and answer together; -1 is the trained maximum; None is that, up to 4,096.
+    keep_alive
+        How long the model stays loaded while idle: ``"5m"``, seconds, or a timedelta. None (the default for
+        a model in the kernel, where a variable of yours holds it) and -1: until it is unloaded.
+    gpu_layers
+        Layers on the GPU; None is all of them where there is one.
+    kv_type
+        Type of the KV cache (``f16``, ``q8_0``, ``q4_0``…).
+    parallel
+        Sequences decoded at once.
+    force
+        Load although the estimate says that it does not fit.
+    progress
+        Called with the fraction loaded, 0 to 1.
+    backend_options
+        Passed to the backend: ``threads``, ``flash_attention``, ``mmap``, ``batch_size``, …
+
+    Raises
+    ------
+    ModelNotFound
+        No such file, model or alias.
+    GGUFParseError, ModelLoadError
+        The file cannot be read or loaded.
+    DoesNotFit
+        It needs more memory than there is; the message names a setting that fits.
+    BackendUnavailable
+        The backend is not installed; the message is the install line.
+    ConfigError
+        A setting is not valid.
+    """
+    from nbinfer import backends, models
+
+    if where not in ("kernel", "sidecar"):
+        raise ConfigError(f"where={where!r}: use 'kernel' or 'sidecar'.")
+    if where == "sidecar":
+        raise NotSupported("where='sidecar' is not there yet; where='kernel' runs the model in this process.")
+    from nbinfer.contract.keepalive import KeepAlive
+
+    stay = None if keep_alive is None else KeepAlive.parse(keep_alive)
+    resolved = models.resolve(str(ref), aliases=session.aliases)
+    asked_mode = None if mode is None else Mode(mode)
+    actual_mode = asked_mode or resolved.mode
+    options = {
+        "context_size": context_size,
+        "gpu_layers": gpu_layers,
+        "kv_type": kv_type,
+        "parallel": parallel,
+        **backend_options,
+    }
+    asked = {key: value for key, value in options.items() if value is not None}
+    name = name or resolved.name
+    known = session.find(name)
+    if known is not None and (known.path, known.mode, dict(known.config)) == (
+        resolved.path,
+        actual_mode,
+        asked,
+    ):
+        return known
+    adapter = backends.for_format(resolved.format, backend)
+    estimate = _fits(resolved, actual_mode, asked, force=force)
+    began = time.perf_counter()
+    if known is not None:
+        known.unload()
+    engine = adapter.open(
+        resolved.path,
+        mode=actual_mode,
+        name=name,
+        on_progress=progress,
+        digest=resolved.digest,
+        **asked,
+    )
+    model = Model(
+        engine=engine,
+        name=name,
+        ref=str(ref),
+        backend=adapter.name,
+        where=where,
+        mode=actual_mode,
+        config=asked,
+        path=resolved.path,
+        memory=estimate,
+        load_seconds=time.perf_counter() - began,
+    )
+    session.add(model)
+    if stay is not None and not stay.never:
+        threading.Thread(
+            target=_unload_when_idle, args=(model, stay.seconds), name="nbinfer-idle", daemon=True
+        ).start()
+    return model
+
+
+def _unload_when_idle(model: Model, seconds: float) -> None:
+    """Unload a model once nothing has run on it for ``seconds``."""
+    idle_since, done = time.monotonic(), -1
+    while any(m is model for m in session.models()):
+        now, load_now = time.monotonic(), model.engine.load()
+        progress = load_now.tokens_generated + load_now.prompt_tokens
+        if load_now.running or load_now.waiting or progress != done:
+            idle_since, done = now, progress
+        if now - idle_since >= seconds and not load_now.running:
+            model.unload()
+            return
+        time.sleep(min(1.0, max(seconds / 4, 0.02)))
+
+
+def _fits(resolved: Any, mode: Mode, asked: Mapping[str, Any], *, force: bool) -> Any:
+    """Estimate before the load; refuse what does not fit. None when the file allows no estimate."""
+    del resolved, mode, asked, force
+    return None
+
+
+def unload(model: Model | str | None = None) -> None:
+    """Unload a model by handle or name; None unloads all.
+
+    Raises
+    ------
+    ModelNotFound
+        Nothing of that name is loaded.
+    """
+    if model is None:
+        for each in loaded():
+            each.unload()
+        return
+    if isinstance(model, str):
+        found = session.find(model)
+        if found is None:
+            raise ModelNotFound(f"no model called {model!r} is loaded. {_loaded_words(loaded())}")
+        model = found
+    model.unload()
+
+
+def infer(prompt: str | None = None, *, model: Model | str | None = None, **options: Any) -> Result:
+    """Ask a model and wait for the answer.
+
+    Parameters
+    ----------
+    prompt
+        What to ask; or ``messages=[{"role": …, "content": …}, …]`` for a conversation.
+    model
+        A model or its name; None is the default, or the only one loaded.
+    system
+        The system prompt.
+    temperature, top_p, top_k, min_p, seed, repeat_penalty, presence_penalty, frequency_penalty, logit_bias
+        Sampling; see :class:`nbinfer.contract.requests.Sampling`. The default is greedy: the same call gives
+        the same text.
+    max_tokens
+        At most so many tokens; None: as many as the context has room for.
+    stop
+        A string, or several, that ends the answer.
+    schema, choices, regex, grammar, json
+        What the answer must look like (one of them): a type or JSON Schema, a list of texts, a regular
+        expression, Lark or GBNF text, or any JSON object. ``Result.parsed`` is then the typed value.
+    logprobs
+        k: log-probabilities of each token and of the k most likely ones.
+    think, reasoning_budget
+        For reasoning models.
+    images
+        Paths, bytes or PIL images, for vision models.
+    raw
+        Send the prompt as it is, without the chat template.
+    params
+        More options as a dict.
+
+    Raises
+    ------
+    RequestError
+        An option is unknown or out of range; :class:`ContextOverflow` when the prompt is too long.
+    ModelNotFound
+        No model is loaded, or several are and none is named.
+    SchemaError
+        The answer was cut before it was whole.
+    """
+    return get(model).infer(prompt, **options)
+
+
+def stream(prompt: str | None = None, *, model: Model | str | None = None, **options: Any) -> TextStream:
+    """Start an answer; iterate the return value for text. The options are those of :func:`infer`."""
+    return get(model).stream(prompt, **options)
+
+
+async def ainfer(prompt: str | None = None, *, model: Model | str | None = None, **options: Any) -> Result:
+    """As :func:`infer`, for ``await``: widgets stay live while it runs."""
+    return await get(model).ainfer(prompt, **options)
+
+
+def status() -> pd.DataFrame:
+    """Every known backend: name, status word, detail and how to install it. Takes milliseconds."""
+    from nbinfer import backends
+    from nbinfer.tables import table
+
+    rows = [
+        {"backend": name, "status": str(found.word), "detail": found.detail or "", "install": advice or ""}
+        for name, found, advice in backends.statuses()
+    ]
+    return table("status", rows, ["backend", "status", "detail", "install"])
+
+
+def ps() -> pd.DataFrame:
+    """Loaded models: where they run, the context in use, tokens per second so far, memory."""
+    from nbinfer.tables import table
+
+    rows = []
+    for m in loaded():
+        now = m.engine.load()
+        rows.append(
+            {
+                "name": m.name,
+                "mode": str(m.mode),
+                "backend": m.backend,
+                "where": m.where,
+                "context": m.info.context_size,
+                "context_used": now.context_used,
+                "parallel": m.info.parallel,
+                "running": now.running,
+                "waiting": now.waiting,
+                "tokens": now.tokens_generated,
+                "load_seconds": round(m.load_seconds, 3),
+            },
+        )
+    columns = [
+        "name",
+        "mode",
+        "backend",
+        "where",
+        "context",
+        "context_used",
+        "parallel",
+        "running",
+        "waiting",
+        "tokens",
+        "load_seconds",
+    ]
+    return table("ps", rows, columns)
