@@ -1,0 +1,82 @@
+"""Tables of models, backends and settings: a word and a colour for each state, sizes in readable units."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nbinfer.display.style import page
+from nbinfer.display.text import escape
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from nbinfer.contract.rendering import Bundle
+
+# The four words of a backend's status, and what a model on this machine may be doing.
+_KINDS = {
+    "Running": "ok",
+    "Installing": "busy",
+    "Error": "error",
+    "Not Installed": "off",
+    "ready": "ok",
+    "busy": "busy",
+    "loading": "busy",
+    "unloaded": "off",
+}
+
+_STATE_COLUMNS = ("status", "state")
+
+
+def badge(status: str) -> str:
+    """Return ``word`` or ``word: detail`` as HTML: the word in a coloured frame, the detail beside it."""
+    word, _, detail = status.partition(": ")
+    shown = f'<span class="nbinfer-badge nbinfer-{_KINDS.get(word, "off")}">{escape(word)}</span>'
+    return f"{shown} {escape(detail)}" if detail else shown
+
+
+def human_bytes(count: float) -> str:
+    """Return a number of bytes in binary units: ``3.2 GiB``."""
+    size, step = float(count), 1024.0
+    if abs(size) < step:
+        return f"{size:.0f} B"
+    units = ["KiB", "MiB", "GiB", "TiB"]
+    # 1023.9 would be written as 1.02e+03.
+    while abs(size := size / step) >= 1000 and len(units) > 1:  # noqa: PLR2004 - four digits
+        units.pop(0)
+    return f"{size:.3g} {units[0]}"
+
+
+def badges_html(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return rows as an HTML table, everything escaped.
+
+    Columns called ``status`` or ``state`` become badges, whole numbers in columns that end in ``_bytes``
+    become sizes, and missing values stay empty.
+    """
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if not rows:
+        return page("<p>Nothing to show.</p>")
+    head = "".join(f"<th>{escape(_title(name))}</th>" for name in names)
+    body = "".join(f"<tr>{''.join(_cell(name, row.get(name)) for name in names)}</tr>" for row in rows)
+    return page(f"<table><tr>{head}</tr>{body}</table>")
+
+
+def _title(name: str) -> str:
+    return str(name).removesuffix("_bytes").replace("_", " ")
+
+
+def _cell(name: str, value: Any) -> str:
+    # `value != value` is true of NaN, NaT and nothing else; pandas' NA refuses to say.
+    if value is None or type(value).__name__ == "NAType" or value != value:  # noqa: PLR0124
+        return "<td></td>"
+    if name in _STATE_COLUMNS:
+        return f"<td>{badge(str(value))}</td>"
+    if str(name).endswith("_bytes"):
+        return f"<td>{escape(human_bytes(value))}</td>"
+    return f"<td>{escape(value)}</td>"
+
+
+def frame_bundle(frame: Any) -> Bundle:
+    """Return (data, metadata) of a pandas DataFrame of ours."""
+    rows: list[dict[str, Any]] = frame.to_dict("records")
+    return {"text/plain": frame.to_string(index=False), "text/html": badges_html(rows)}, {}

@@ -1,0 +1,92 @@
+"""Tables can be read: by people who see no colour, in light and in dark, whatever stands in them."""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+import pytest
+from support.hostile import CORPUS, problems
+
+from nbinfer.display.frame import badge, badges_html, frame_bundle, human_bytes
+from nbinfer.display.style import COLOURS, STYLE
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "words"),
+    [
+        ("Running", "ok", "Running"),
+        ("Running: llama.cpp 0.3.36", "ok", "Running</span> llama.cpp 0.3.36"),
+        ("Installing: downloading", "busy", "Installing</span> downloading"),
+        ("Error: import failed", "error", "Error</span> import failed"),
+        ("Not Installed", "off", "Not Installed"),
+        ("never heard of", "off", "never heard of"),
+    ],
+)
+def test_a_badge_is_a_word_and_a_colour(status: str, kind: str, words: str) -> None:
+    assert f"nbinfer-{kind}" in badge(status)
+    assert words in badge(status)
+
+
+@pytest.mark.parametrize("text", CORPUS.values(), ids=CORPUS.keys())
+def test_hostile_names_are_inert(text: str) -> None:
+    rows = [{"name": text, "status": text, text: text}]
+    assert problems(badges_html(rows), style=STYLE) == []
+    assert problems(frame_bundle(pd.DataFrame(rows))[0]["text/html"], style=STYLE) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (1536, "1.5 KiB"),
+        (1023.9 * 2**20, "1 GiB"),
+        (3.2 * 2**30, "3.2 GiB"),
+        (5 * 2**50, "5.12e+03 TiB"),
+    ],
+)
+def test_bytes_are_readable(count: float, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+def test_columns_are_shown_by_their_meaning() -> None:
+    frame = pd.DataFrame(
+        {"load_seconds": [0.5], "size_bytes": [2**30], "status": ["Running"], "note": [None]}
+    )
+    page = frame_bundle(frame)[0]["text/html"]
+    assert "<th>load seconds</th><th>size</th><th>status</th><th>note</th>" in page
+    assert "<td>1 GiB</td>" in page
+    assert page.endswith("<td></td></tr></table></div>")
+    missing = pd.DataFrame({"size_bytes": pd.array([None], dtype="Int64"), "at": [pd.NaT]})
+    assert frame_bundle(missing)[0]["text/html"].count("<td></td>") == 2
+
+
+def test_an_empty_table_says_so() -> None:
+    assert "Nothing to show" in frame_bundle(pd.DataFrame(columns=["name"]))[0]["text/html"]
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+@pytest.mark.parametrize("background", ["#ffffff", "#1e1e1e", "#111111"])
+@pytest.mark.parametrize("name", COLOURS)
+def test_fallback_colours_can_be_read_on_light_and_dark(name: str, background: str) -> None:
+    low, high = sorted((luminance(COLOURS[name][1]), luminance(background)))
+    assert (high + 0.05) / (low + 0.05) > 3.6
+
+
+def test_the_style_sheet_touches_nothing_else_and_loads_nothing() -> None:
+    sheet = STYLE.removeprefix("<style>").removesuffix("</style>")
+    for rule in re.findall(r"([^{}]+)\{", sheet):
+        for selector in rule.split(","):
+            assert selector.startswith(".nbinfer")
+    assert not re.search(r"url\(|@import|<", sheet)
+    # Every colour follows the theme; a bare one would be wrong in the other theme.
+    bare = re.sub(r"var\(--jp-[^()]*(\([^()]*\))?\)", "", sheet)
+    assert not re.search(r"#[0-9a-f]{3}|rgb", bare)
+    assert len(STYLE) < 3500
