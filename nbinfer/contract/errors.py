@@ -75,7 +75,7 @@ class EngineError(NbinferError, RuntimeError):
     """The engine failed while running a request."""
 
 
-class EngineClosed(EngineError):
+class EngineClosed(EngineError):  # noqa: N818 - a state, not a failure
     """The model was unloaded while, or before, the request ran."""
 
 
@@ -83,5 +83,9 @@ class GGUFParseError(NbinferError, ValueError):
     """A GGUF file cannot be read: ``failed to parse GGUF: …``, with what is wrong and where."""
 
     def __init__(self, problem: str) -> None:
-        super().__init__(f"failed to parse GGUF: {problem}")
+        # The bare problem stays the only argument, so that a pickled error comes back with the same message.
+        super().__init__(problem)
         self.problem = problem
+
+    def __str__(self) -> str:
+        return f"failed to parse GGUF: {self.problem}"

@@ -6,8 +6,10 @@ Values live at the bottom of the house and rendering near the top, so the top ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Bundle: TypeAlias = tuple[dict[str, Any], dict[str, Any]]
 """IPython's mimebundle: (data by MIME type, metadata)."""

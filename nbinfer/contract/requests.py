@@ -5,7 +5,6 @@ A request knows nothing of placement: the same object runs in the kernel and, as
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -15,12 +14,49 @@ from nbinfer.contract.errors import RequestError
 Message: TypeAlias = Mapping[str, Any]
 """One chat message: ``{"role": "user", "content": "…"}``, in OpenAI's shape."""
 
+_INT32_MAX = 2**31 - 1
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def _in_range(name: str, value: float, low: float, high: float) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
-        raise RequestError(f"{name}={value!r} is out of range: it must be between {low:g} and {high:g}.")
+def _number(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RequestError(f"{name}={value!r:.60} is not a number: it must be between {low:g} and {high:g}.")
+    if not low <= value <= high:  # true for NaN as well
+        raise RequestError(f"{name}={value!r:.60} is out of range: it must be between {low:g} and {high:g}.")
+
+
+def _whole(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(
+            f"{name}={value!r:.60} is not a whole number: it must be between {low} and {high}."
+        )
+    if not low <= value <= high:
+        raise RequestError(f"{name}={value!r:.60} is out of range: it must be between {low} and {high}.")
+
+
+def _text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise RequestError(f"{name} is {type(value).__name__}, not text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{name} holds half a character at position {error.start} (a lone surrogate).\n"
+            "Clean it with text.encode(errors='replace').decode().",
+        ) from None
+
+
+def _texts(name: str, value: object) -> None:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise RequestError(f"{name} is {type(value).__name__}: it must be a list of texts.")
+    for i, text in enumerate(value):
+        _text(f"{name}[{i}]", text)
+
+
+def _priority(value: object) -> None:
+    if value not in ("interactive", "batch"):
+        raise RequestError(f"priority={value!r:.60} is not known: it is interactive or batch.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,17 +93,18 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _in_range("temperature", self.temperature, 0, 5)
-        _in_range("top_p", self.top_p, 0, 1)
-        _in_range("min_p", self.min_p, 0, 1)
-        _in_range("top_k", self.top_k, 0, 2**31 - 1)
-        _in_range("repeat_penalty", self.repeat_penalty, 0.01, 10)
-        _in_range("presence_penalty", self.presence_penalty, -2, 2)
-        _in_range("frequency_penalty", self.frequency_penalty, -2, 2)
+        _number("temperature", self.temperature, 0, 5)
+        _number("top_p", self.top_p, 0, 1)
+        _number("min_p", self.min_p, 0, 1)
+        _whole("top_k", self.top_k, 0, _INT32_MAX)
+        _number("repeat_penalty", self.repeat_penalty, 0.01, 10)
+        _number("presence_penalty", self.presence_penalty, -2, 2)
+        _number("frequency_penalty", self.frequency_penalty, -2, 2)
         if self.seed is not None:
-            _in_range("seed", self.seed, 0, 2**32 - 1)
+            _whole("seed", self.seed, 0, 2**32 - 1)
         for token, bias in self.logit_bias.items():
-            _in_range(f"logit_bias[{token}]", bias, -100, 100)
+            _whole("logit_bias: the token id", token, 0, _INT32_MAX)
+            _number(f"logit_bias[{token}]", bias, -100, 100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +118,26 @@ class Constraint:
 
     kind: Literal["json_schema", "json", "choices", "regex", "grammar"]
     value: Any = None
+
+    def __post_init__(self) -> None:
+        value: object = self.value
+        if self.kind == "json_schema":
+            if not isinstance(value, Mapping):
+                raise RequestError(f"the schema is {type(value).__name__}, not a JSON Schema (a dict).")
+        elif self.kind == "json":
+            if value is not None:
+                raise RequestError("json takes no value; give a schema for a certain shape.")
+        elif self.kind == "choices":
+            _texts("choices", value)
+            object.__setattr__(self, "value", tuple(self.value))
+            if not self.value or "" in self.value:
+                raise RequestError("choices needs at least one text, and none of them empty.")
+        elif self.kind in ("regex", "grammar"):
+            _text(self.kind, value)
+            if not value:
+                raise RequestError(f"{self.kind} is empty: it would allow no output at all.")
+        else:
+            raise RequestError(f"there is no constraint of kind {self.kind!r:.60}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,24 +186,52 @@ class CompletionRequest:
         if (self.messages is None) == (self.prompt is None):
             raise RequestError("give either messages or prompt, not both and not neither.")
         if self.messages is not None:
-            if not self.messages:
-                raise RequestError("messages is empty: it needs at least one message with a role and a content.")
-            for i, message in enumerate(self.messages):
-                role = message.get("role") if isinstance(message, Mapping) else None
-                if role not in ROLES:
-                    raise RequestError(
-                        f"messages[{i}] has role {role!r}; a message is "
-                        f'{{"role": …, "content": …}} with a role of {", ".join(ROLES)}.',
-                    )
+            _check_messages(self.messages)
+            object.__setattr__(self, "messages", tuple(self.messages))
+        else:
+            _check_prompt(self.prompt)
         if self.max_tokens is not None:
-            _in_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        if any(not isinstance(s, str) or not s for s in self.stop):
-            raise RequestError("stop holds an empty or non-text string; each stop must be at least one character.")
+            _whole("max_tokens", self.max_tokens, 1, _INT32_MAX)
+        _texts("stop", self.stop)
+        if "" in self.stop:
+            raise RequestError("stop holds an empty text; each stop must be at least one character.")
         if self.logprobs is not None:
-            _in_range("logprobs", self.logprobs, 0, 20)
-        _in_range("n", self.n, 1, 128)
+            _whole("logprobs", self.logprobs, 0, 20)
+        _whole("n", self.n, 1, 128)
         if self.reasoning_budget is not None:
-            _in_range("reasoning_budget", self.reasoning_budget, -1, 2**31 - 1)
+            _whole("reasoning_budget", self.reasoning_budget, -1, _INT32_MAX)
+        _priority(self.priority)
+
+
+def _check_messages(messages: object) -> None:
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        raise RequestError(f"messages is {type(messages).__name__}: it must be a list of messages.")
+    if not messages:
+        raise RequestError("messages is empty: it needs at least one message with a role and a content.")
+    for i, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role not in ROLES:
+            raise RequestError(
+                f"messages[{i}] has role {role!r:.60}; a message is "
+                f'{{"role": …, "content": …}} with a role of {", ".join(ROLES)}.',
+            )
+        content = message.get("content")
+        if isinstance(content, str):
+            _text(f"messages[{i}]", content)
+        elif not isinstance(content, list | tuple) and not (content is None and message.get("tool_calls")):
+            raise RequestError(
+                f"messages[{i}] has a content of {type(content).__name__}; it must be text or a list."
+            )
+
+
+def _check_prompt(prompt: object) -> None:
+    if not isinstance(prompt, tuple):
+        _text("prompt", prompt)
+        return
+    if not prompt:
+        raise RequestError("prompt is an empty list of tokens: it needs at least one.")
+    for i, token in enumerate(prompt):
+        _whole(f"prompt[{i}]", token, 0, _INT32_MAX)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,11 +247,10 @@ class EmbeddingRequest:
     priority: Literal["interactive", "batch"] = "interactive"
 
     def __post_init__(self) -> None:
-        for i, text in enumerate(self.texts):
-            if not isinstance(text, str):
-                raise RequestError(f"texts[{i}] is {type(text).__name__}, not text.")
+        _texts("texts", self.texts)
         if self.dims is not None:
-            _in_range("dims", self.dims, 1, 2**20)
+            _whole("dims", self.dims, 1, 2**20)
+        _priority(self.priority)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,10 +262,9 @@ class RerankRequest:
     priority: Literal["interactive", "batch"] = "interactive"
 
     def __post_init__(self) -> None:
-        for i, text in enumerate((self.query, *self.documents)):
-            if not isinstance(text, str):
-                name = f"documents[{i - 1}]" if i else "query"
-                raise RequestError(f"{name} is {type(text).__name__}, not text.")
+        _text("query", self.query)
+        _texts("documents", self.documents)
+        _priority(self.priority)
 
 
 Request: TypeAlias = CompletionRequest | EmbeddingRequest | RerankRequest

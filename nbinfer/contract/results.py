@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -11,6 +10,8 @@ from nbinfer.contract import rendering
 from nbinfer.contract.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -18,7 +19,14 @@ if TYPE_CHECKING:
 
 FinishReason: TypeAlias = Literal["stop", "length", "interrupted", "error"]
 
-_FENCE = re.compile(r"^[ ]{0,3}(`{3,}|~{3,})[^\n]*\n(.*?)(?:^[ ]{0,3}\1[`~]*[ ]*$|\Z)", re.MULTILINE | re.DOTALL)
+# The info string after backticks holds none itself: "```x``` is code" opens nothing. A fence that is never
+# closed (a cut answer) goes to the end.
+_FENCE = re.compile(
+    r"^ {0,3}(?:(?P<ticks>`{3,})[^`\n]*|(?P<tildes>~{3,})[^\n]*)\n"
+    r"(?P<code>.*?)"
+    r"(?:^ {0,3}(?(ticks)(?P=ticks)`*|(?P=tildes)~*)[ \t\r]*$|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +108,7 @@ class Result:
     def code(self) -> str | None:
         """The first fenced code block, without its fence; None when there is none."""
         found = _FENCE.search(self.text)
-        return found.group(2).removesuffix("\n") if found else None
+        return found.group("code").removesuffix("\n") if found else None
 
     def reply(self, prompt: str, **options: Any) -> Result:
         """Continue the conversation: the messages so far, this answer, and ``prompt``.
@@ -111,8 +119,14 @@ class Result:
             The result came from a raw prompt, or was not made by a loaded model.
         """
         if self.continue_with is None or self.messages is None:
-            raise RequestError("this result is not part of a conversation; use m.infer(messages=[…]) instead.")
-        history = [*self.messages, {"role": "assistant", "content": self.text}, {"role": "user", "content": prompt}]
+            raise RequestError(
+                "this result is not part of a conversation; use m.infer(messages=[…]) instead."
+            )
+        history = [
+            *self.messages,
+            {"role": "assistant", "content": self.text},
+            {"role": "user", "content": prompt},
+        ]
         return self.continue_with(messages=history, **options)
 
     def with_changes(self, **changes: Any) -> Result:
