@@ -6,7 +6,7 @@ import json
 import math
 import re
 from difflib import get_close_matches
-from typing import Annotated, Any, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -141,6 +141,10 @@ _KeepAlive = Annotated[KeepAlive, PlainValidator(KeepAlive.parse)]
 class SpeculativeConfig(_Block):
     """Speculative decoding: a small draft model proposes tokens that the model checks."""
 
+    if TYPE_CHECKING:  # wire names, and looser types than the fields: the checks are those of construction
+
+        def __init__(self, /, **fields: Any) -> None: ...
+
     draft_model: str | None = Field(None, min_length=1, description="the name of a model")
     num_tokens: int | None = Field(
         None, ge=1, le=_INT32_MAX, description="a whole number of tokens, 1 or more"
@@ -151,6 +155,10 @@ class SpeculativeConfig(_Block):
 class VllmConfig(_Block):
     """Settings that only vLLM has. Absent GPU memory utilisation means vLLM's own, 0.9."""
 
+    if TYPE_CHECKING:
+
+        def __init__(self, /, **fields: Any) -> None: ...
+
     hf_overrides: _Overrides | None = Field(None, alias="hf-overrides", description="a JSON object")
     gpu_memory_utilization: _Share | None = Field(
         None, alias="gpu-memory-utilization", description="a number from 0.0 to 1.0"
@@ -159,6 +167,10 @@ class VllmConfig(_Block):
 
 class LlamaCppConfig(_Block):
     """Settings that only llama.cpp has."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, /, **fields: Any) -> None: ...
 
     reasoning_budget: int | None = Field(
         None,
@@ -193,6 +205,10 @@ class ModelConfig(_Block):
     ConfigError
         A value is refused; the message names the field and its rule.
     """
+
+    if TYPE_CHECKING:
+
+        def __init__(self, /, **fields: Any) -> None: ...
 
     context_size: _ContextSize | None = Field(
         None,

@@ -6,9 +6,45 @@ possible and the fix, in a few lines.
 
 from __future__ import annotations
 
+import traceback
+from traceback import FrameSummary
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
 
 class NbinferError(Exception):
-    """Base of all errors raised by nbinfer; catching it catches everything expected to go wrong."""
+    """Base of all errors raised by nbinfer; catching it catches everything expected to go wrong.
+
+    A notebook shows the message and the caller's own line, because the message says what to do and the frames
+    inside nbinfer do not. Setting ``NbinferError.full_tracebacks = True`` shows everything.
+    """
+
+    full_tracebacks: ClassVar[bool] = False
+
+    def _render_traceback_(self) -> list[str]:
+        """Return the lines that IPython shows instead of a traceback."""
+        if NbinferError.full_tracebacks:
+            return traceback.format_exception(self)
+        lines = [f"{type(self).__name__}: {self}", *getattr(self, "__notes__", ())]
+        place = _callers_line(self.__traceback__)
+        return [*lines, place] if place else lines
+
+
+def _callers_line(trace: TracebackType | None) -> str | None:
+    """Return the line of code that called nbinfer; None when a magic did, whose line is the cell itself."""
+    before: FrameSummary | None = None
+    for frame, number in traceback.walk_tb(trace):
+        room = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if room == "nbinfer":
+            break
+        name = "" if frame.f_globals.get("__name__") == "__main__" else f"{frame.f_code.co_filename}, "
+        summary = FrameSummary(frame.f_code.co_filename, number, name)
+        before = None if room in ("IPython", "ipykernel") else summary
+    if before is None or not before.line:
+        return None
+    return f"  {before.name}line {before.lineno}: {before.line}"
 
 
 class ConfigError(NbinferError, ValueError):
