@@ -1,1 +1,43 @@
-"""TODO."""
+"""A model over the rows of a frame.
+
+Columns come out typed, one bad row is one bad row, and interrupted work goes on when it is run again.
+
+The names are looked up when they are first used, so that importing this room costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nbinfer.frames.journal import cache
+    from nbinfer.frames.matrix import vectors
+    from nbinfer.frames.neighbours import similar
+    from nbinfer.frames.operators import complete, embed, submit
+    from nbinfer.frames.prompts import jinja
+    from nbinfer.frames.run import Run, last_run
+
+_WHERE = {
+    "complete": "operators",
+    "embed": "operators",
+    "submit": "operators",
+    "vectors": "matrix",
+    "similar": "neighbours",
+    "jinja": "prompts",
+    "cache": "journal",
+    "last_run": "run",
+    "Run": "run",
+}
+
+__all__ = ["Run", "cache", "complete", "embed", "jinja", "last_run", "similar", "submit", "vectors"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

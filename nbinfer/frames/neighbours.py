@@ -1,0 +1,315 @@
+"""Nearest neighbours by brute force: exact, in blocks, one matrix product each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from nbinfer.contract.errors import RequestError
+from nbinfer.contract.modes import Mode
+from nbinfer.frames.matrix import vectors
+from nbinfer.frames.operators import embed, resolve
+from nbinfer.frames.prompts import unknown_column
+from nbinfer.frames.run import choice
+from nbinfer.frames.tables import Table, read
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Metric = Literal["cosine", "dot", "euclidean"]
+
+# Scores of one block: 1 024 queries x 16 384 rows are 64 MiB of float32.
+_QUERY_BLOCK = 1024
+_CORPUS_BLOCK = 16_384
+
+
+def similar(
+    query: Any,
+    corpus: Any,
+    *,
+    on: Any = None,
+    k: int = 10,
+    metric: Metric = "cosine",
+    min_score: float | None = None,
+    by: Any = None,
+    model: Any = None,
+    progress: Any = False,
+) -> Any:
+    """Find the k nearest rows of a corpus for each query.
+
+    Exact: every pair is compared. Rows without a vector match nothing.
+
+    Parameters
+    ----------
+    query
+        A text or a list of texts (embedded with ``model``), a vector or matrix, a Series of texts or
+        vectors, or a frame with the column ``on``.
+    corpus
+        A frame whose column ``on`` holds vectors or texts, a Series of them, or a matrix.
+    on
+        The column of both frames; the corpus' vectors as :func:`nbinfer.embed` made them.
+    k
+        Matches per query, at most.
+    metric
+        "cosine" (-1 to 1), "dot", or "euclidean" (the score is the negative distance): higher is nearer.
+    min_score
+        Leave out matches below this score.
+    by
+        A column of both frames: only rows with the same value match.
+    model
+        The embedding model for texts; None: the default, else the only one loaded.
+
+    Returns
+    -------
+    DataFrame
+        One row per match, in the corpus' family: ``query`` and ``match`` (index labels in pandas, else
+        positions), ``rank`` from 1, ``score``; best first within each query.
+
+    Raises
+    ------
+    RequestError
+        The vectors have different lengths or come from different weights, or a column is unknown.
+    """
+    choice("metric", metric, ("cosine", "dot", "euclidean"))
+    if isinstance(k, bool) or k < 1:
+        raise RequestError(f"k={k!r}: it is the number of matches per query, at least 1.")
+    right, right_matrix, right_made = _side(
+        corpus, on, model=model, made=None, progress=progress, what="corpus"
+    )
+    left, left_matrix, left_made = _side(
+        query, on, model=model, made=right_made, progress=progress, what="query"
+    )
+    _same_space(left_matrix, right_matrix, left_made, right_made)
+    if by is None:
+        found = top_k(left_matrix, right_matrix, k, metric=metric, min_score=min_score)
+    else:
+        found = _grouped(left, right, by, left_matrix, right_matrix, k, metric=metric, min_score=min_score)
+    return _long(left, right, *found)
+
+
+def _side(
+    data: Any,
+    on: Any,
+    *,
+    model: Any,
+    made: dict[str, Any] | None,
+    progress: Any,
+    what: str,
+) -> tuple[Table, NDArray[np.float32], dict[str, Any] | None]:
+    """Return the rows, their vectors, and what made the vectors (None when nobody knows)."""
+    if isinstance(data, str):
+        data = [data]
+    if isinstance(data, np.ndarray) and data.dtype != object and data.ndim:
+        matrix = np.atleast_2d(np.asarray(data, np.float32))
+        return read(list(range(len(matrix)))), matrix, None
+    table = read(data)
+    if not table.only and on is None:
+        raise RequestError(f"similar: which column of the {what}? Pass on='column'.")
+    if not table.only and str(on) not in table.names:
+        raise unknown_column(str(on), table.names, asked_by=f"on (the {what})")
+    column = table.native if table.only else table.column(on)
+    values = Table(column, table.family, "series", (str(on),), table.rows)
+    if not _is_text(values):
+        earlier = _made_by(table.provenance(), None if table.only else str(on))
+        return table, vectors(column), earlier
+    loaded = resolve(model, Mode.EMBEDDING)
+    if made is not None and made.get("digest") not in {None, loaded.info.digest}:
+        raise RequestError(
+            f"the corpus was embedded by {made.get('model')!r}, the {what} would be by "
+            f"{loaded.info.model!r}: vectors of different models cannot be compared.\n"
+            "Pass the corpus' model, or embed the corpus again.",
+        )
+    params = (made or {}).get("params", {})
+    kind: Literal["query"] | None = "query" if what == "query" and params.get("kind") == "document" else None
+    out = embed(
+        column,
+        model=loaded,
+        kind=kind,
+        normalize=params.get("normalize", True),
+        dims=params.get("dims"),
+        on_error="raise" if what == "query" else "null",
+        progress=progress,
+    )
+    info = {"digest": loaded.info.digest, "model": loaded.info.model, "params": {}}
+    return table, vectors(out["embedding"]), info
+
+
+def _is_text(column: Table) -> bool:
+    for start in range(0, column.rows, 64):
+        for value in column.values(column.names, start, start + 64)[0]:
+            if value is not None:
+                return isinstance(value, str)
+    return False
+
+
+def _made_by(provenance: dict[str, Any] | None, name: str | None) -> dict[str, Any] | None:
+    """Find the call that made a column."""
+    if provenance is None:
+        return None
+    for entry in (provenance, *provenance.get("earlier", [])):
+        if entry.get("op") == "embed" and (name is None or name in entry.get("columns", ())):
+            return dict(entry)
+    return None
+
+
+def _same_space(
+    left: NDArray[np.float32],
+    right: NDArray[np.float32],
+    left_made: dict[str, Any] | None,
+    right_made: dict[str, Any] | None,
+) -> None:
+    if len(left) and len(right) and left.shape[1] != right.shape[1]:
+        raise RequestError(
+            f"the query's vectors have {left.shape[1]} components and the corpus' {right.shape[1]}: "
+            "they come from different models or dims.",
+        )
+    digests = {made["digest"] for made in (left_made, right_made) if made is not None and made.get("digest")}
+    if len(digests) > 1:
+        models = " and ".join(repr(made["model"]) for made in (left_made, right_made) if made is not None)
+        raise RequestError(f"the vectors come from different models ({models}) and cannot be compared.")
+
+
+def top_k(
+    queries: NDArray[np.float32],
+    corpus: NDArray[np.float32],
+    k: int,
+    *,
+    metric: Metric = "cosine",
+    min_score: float | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+    """Return the k best pairs of each query: query rows, corpus rows, ranks from 1, scores.
+
+    Parameters
+    ----------
+    queries, corpus
+        float32 of shapes (m, d) and (n, d); rows that hold NaN match nothing.
+    """
+    empty = np.zeros(0, np.int64)
+    found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]] = []
+    for start in range(0, len(queries) if len(corpus) else 0, _QUERY_BLOCK):
+        block = queries[start : start + _QUERY_BLOCK]
+        scores, rows = _best_of_block(block, corpus, k, metric)
+        keep = np.isfinite(scores)
+        if min_score is not None:
+            keep &= scores >= min_score
+        left, place = np.nonzero(keep)
+        found.append(
+            (left.astype(np.int64) + start, rows[keep], (place + 1).astype(np.int32), scores[keep]),
+        )
+    if not found:
+        return empty, empty, empty.astype(np.int32), empty.astype(np.float32)
+    left, right, rank, score = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return left, right, rank, score
+
+
+def _best_of_block(
+    block: NDArray[np.float32],
+    corpus: NDArray[np.float32],
+    k: int,
+    metric: Metric,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return scores and corpus rows of shape (len(block), up to k), best first; -inf where there is none."""
+    best = np.full((len(block), 0), -np.inf, np.float32)
+    best_rows = np.zeros((len(block), 0), np.int64)
+    left = unit(block) if metric == "cosine" else block
+    for start in range(0, len(corpus), _CORPUS_BLOCK):
+        part = corpus[start : start + _CORPUS_BLOCK]
+        scores = _scores(left, part, metric)
+        np.copyto(scores, -np.inf, where=~np.isfinite(scores))
+        rows = np.broadcast_to(np.arange(start, start + len(part)), scores.shape)
+        if scores.shape[1] > k:
+            chosen = np.argpartition(scores, scores.shape[1] - k, axis=1)[:, -k:]
+            scores, rows = np.take_along_axis(scores, chosen, 1), np.take_along_axis(rows, chosen, 1)
+        best, best_rows = np.hstack([best, scores]), np.hstack([best_rows, rows])
+        # Best first; of equal scores the row that comes first.
+        order = np.lexsort((best_rows, -best), axis=1)[:, :k]
+        best, best_rows = np.take_along_axis(best, order, 1), np.take_along_axis(best_rows, order, 1)
+    return best, best_rows
+
+
+def _scores(left: NDArray[np.float32], part: NDArray[np.float32], metric: Metric) -> NDArray[np.float32]:
+    with np.errstate(invalid="ignore", over="ignore"):
+        if metric == "cosine":
+            return left @ unit(part).T
+        if metric == "dot":
+            return left @ part.T
+        squares = (left**2).sum(1)[:, None] + (part**2).sum(1)[None, :] - 2 * (left @ part.T)
+        out: NDArray[np.float32] = -np.sqrt(np.maximum(squares, 0))
+        return out
+
+
+def unit(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the rows at length 1; a row of zeros has no direction and becomes NaN."""
+    lengths = np.sqrt(np.einsum("ij,ij->i", matrix, matrix))
+    if np.all(np.abs(lengths - 1) < 1e-6):  # noqa: PLR2004 - float32's own rounding
+        return matrix
+    with np.errstate(invalid="ignore", divide="ignore"):
+        out: NDArray[np.float32] = matrix / lengths[:, None]
+    return out
+
+
+def _grouped(
+    left: Table,
+    right: Table,
+    by: Any,
+    queries: NDArray[np.float32],
+    corpus: NDArray[np.float32],
+    k: int,
+    *,
+    metric: Metric,
+    min_score: float | None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+    if left.only or right.only:
+        raise RequestError("by='column' needs a frame on both sides.")
+    lefts, rights = (table.values([str(by)], 0, table.rows)[0] for table in (left, right))
+    members: dict[Any, list[int]] = {}
+    for row, value in enumerate(rights):
+        if value is not None:
+            members.setdefault(value, []).append(row)
+    askers: dict[Any, list[int]] = {}
+    for row, value in enumerate(lefts):
+        if value in members:
+            askers.setdefault(value, []).append(row)
+    parts = []
+    for value, asking in askers.items():
+        rows, candidates = np.array(asking), np.array(members[value])
+        a, b, rank, score = top_k(queries[rows], corpus[candidates], k, metric=metric, min_score=min_score)
+        parts.append((rows[a], candidates[b], rank, score))
+    if not parts:
+        return top_k(queries[:0], corpus, k)
+    out = tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
+    order = np.lexsort((out[2], out[0]))
+    return out[0][order], out[1][order], out[2][order], out[3][order]
+
+
+def _long(
+    left: Table,
+    right: Table,
+    query: NDArray[np.int64],
+    match: NDArray[np.int64],
+    rank: NDArray[np.int32],
+    score: NDArray[np.float32],
+) -> Any:
+    if right.family == "pandas":
+        import pandas as pd
+
+        labels = [_labels(left, query), _labels(right, match)]
+        return pd.DataFrame({"query": labels[0], "match": labels[1], "rank": rank, "score": score})
+    columns = {"query": query, "match": match, "rank": rank, "score": score}
+    if right.family == "polars":
+        import polars as pl
+
+        return pl.DataFrame(columns)
+    import pyarrow as pa
+
+    return pa.table(columns)
+
+
+def _labels(table: Table, rows: NDArray[np.int64]) -> Any:
+    """Return the rows' index labels (tuples for a multi-level index), positions where there is no index."""
+    if table.family != "pandas" or table.kind == "list":
+        return rows
+    index = table.native.index
+    index = index.to_flat_index() if index.nlevels > 1 else index
+    return index.take(rows).array

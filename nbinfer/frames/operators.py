@@ -1,0 +1,451 @@
+"""The operators: a model over the rows of a list, Series or DataFrame.
+
+Every one of them gives back the rows that came in, in their order, with their index; a row that fails is a
+row with its ``error`` filled; and a cell that was interrupted goes on where it was when it is run again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from nbinfer.contract.errors import NotSupported, RequestError
+from nbinfer.contract.modes import Mode
+from nbinfer.frames.progress import make_sink
+from nbinfer.frames.prompts import Template, make_prompt
+from nbinfer.frames.run import Run, choice, make_plan, remember
+from nbinfer.frames.tables import Table, read
+from nbinfer.frames.work import CompletionWork, EmbeddingWork
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from nbinfer.frames.outcomes import Columns
+    from nbinfer.frames.progress import Sink
+    from nbinfer.frames.run import CacheMode, Nulls, OnError
+    from nbinfer.frames.work import FrameModel
+
+SIDE = ("error", "finish_reason", "prompt_tokens", "cached_tokens", "completion_tokens", "seconds", "source")
+
+
+def resolve(model: Any, mode: Mode) -> FrameModel:
+    """Return the loaded model that a call means.
+
+    Raises
+    ------
+    ModelNotFound
+        None is loaded, or several and none was named.
+    NotSupported
+        The model was loaded for another mode.
+    """
+    if model is None or isinstance(model, str):
+        from nbinfer import session
+
+        model = session.get(model, mode=mode)
+    if model.info.mode is not mode:
+        raise NotSupported(
+            f"{model.name} is loaded for {model.info.mode}, and this call needs {mode}.\n"
+            f"Load it so: nb.load({model.name!r}, mode={mode.value!r}).",
+        )
+    found: FrameModel = model
+    return found
+
+
+def _too_long(policy: str) -> None:
+    choice("too_long", policy, ("error", "head", "tail"))
+    if policy != "error":
+        raise NotSupported(
+            f"too_long={policy!r} needs the engine's tokenizer, which this engine does not offer.\n"
+            "Leave too_long='error': such rows get an error, the others their answers.",
+        )
+
+
+def side_columns(run: Run, columns: Columns, names: Sequence[str]) -> dict[str, Any]:
+    """Return the bookkeeping columns called ``names``, as Arrow arrays."""
+    del run
+    return {name: getattr(columns, name)() for name in names}
+
+
+def _positions(columns: Columns, table: Table, samples: int) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+    """Return the input row behind each output row; None when they are the same."""
+    if columns.rows is not None:
+        return columns.rows // samples
+    return None if samples == 1 else np.repeat(np.arange(table.rows), samples)
+
+
+def complete(
+    data: Any,
+    prompt: Any = None,
+    *,
+    on: Any = None,
+    name: str = "completion",
+    model: Any = None,
+    n: int = 1,
+    schema: Any = None,
+    choices: Any = None,
+    logprobs: int = 0,
+    cache: CacheMode = True,
+    on_error: OnError = "null",
+    nulls: Nulls = "skip",
+    too_long: str = "error",
+    keep: bool = True,
+    progress: bool | Sink | None = None,
+    max_tokens: int | None = 256,
+    temperature: float = 0.0,
+    seed: int | None = 0,
+    **options: Any,
+) -> Any:
+    """Ask the model once per row.
+
+    Parameters
+    ----------
+    data
+        A list of prompts (or conversations), a Series, or a DataFrame of pandas, polars or pyarrow.
+    prompt
+        A template whose fields are columns, ``"Summarise: {title}"``; a function of the row; or
+        :func:`nbinfer.jinja`. For a list or Series the field is ``{text}``. The fixed text goes first: what
+        rows have in common at their start is computed once.
+    on
+        The column to send as it is, instead of ``prompt``.
+    name
+        The answers' column.
+    model
+        A loaded model or its name; None: the default, else the only one loaded.
+    n
+        Answers per row, each with its own seed: the frame gets ``n`` rows per row and a column ``sample``.
+    schema, choices
+        A rule for the answers, as for ``infer``; an answer cut short by ``max_tokens`` is then an error.
+    logprobs
+        k > 0 adds ``mean_logprob`` and ``logprobs`` with the k most likely tokens at each place.
+    cache
+        True: use the results journal and add to it; "refresh": compute again and replace; False: leave it
+        alone.
+    on_error
+        "null": a failed row is a row with ``error`` filled; "raise": the first failure ends the call;
+        "stop": the first failure ends it quietly.
+    nulls
+        A row with a missing value: "skip" it (null, ``finish_reason`` "skipped"), send "empty" text, or
+        make it an "error".
+    keep
+        Whether a frame's own columns stay.
+    progress
+        None chooses by where it runs; True or False; or an object with ``update`` and ``close``.
+    max_tokens, temperature, seed
+        As for ``infer``. ``seed=None`` with a temperature above 0 repeats nothing and keeps nothing.
+    **options
+        Further options of ``infer``: ``system``, ``top_p``, ``stop``, ``regex``, ``raw``…
+
+    Returns
+    -------
+    DataFrame
+        In the family that came in (pandas for a list): the answers, ``error``, ``finish_reason``,
+        ``prompt_tokens``, ``cached_tokens``, ``completion_tokens``, ``seconds`` and ``source``
+        (run, cache, duplicate).
+
+    Raises
+    ------
+    RequestError
+        The call itself is wrong: an unknown column, a name that is taken, a wrong option.
+    KeyboardInterrupt
+        As it came: finished rows are kept, and in ``last_run().frame()``.
+    """
+    run = _complete(
+        data,
+        prompt,
+        on=on,
+        name=name,
+        model=model,
+        n=n,
+        schema=schema,
+        choices=choices,
+        logprobs=logprobs,
+        cache=cache,
+        on_error=on_error,
+        nulls=nulls,
+        too_long=too_long,
+        keep=keep,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        **options,
+    )
+    return remember(run).run(make_sink(progress))
+
+
+def _complete(
+    data: Any,
+    prompt: Any = None,
+    *,
+    on: Any = None,
+    name: str = "completion",
+    model: Any = None,
+    n: int = 1,
+    schema: Any = None,
+    choices: Any = None,
+    logprobs: int = 0,
+    cache: CacheMode = True,
+    on_error: OnError = "null",
+    nulls: Nulls = "skip",
+    too_long: str = "error",
+    keep: bool = True,
+    max_tokens: int | None = 256,
+    temperature: float = 0.0,
+    seed: int | None = 0,
+    **options: Any,
+) -> Run:
+    import pyarrow as pa
+
+    table = read(data)
+    _too_long(too_long)
+    if isinstance(n, bool) or n < 1:
+        raise RequestError(f"n={n!r}: it is the number of answers per row, at least 1.")
+    if n > 1 and temperature == 0:
+        raise RequestError(
+            f"n={n} with temperature=0 would give {n} times the same answer; set temperature=0.7 or so."
+        )
+    side = (*(("sample",) if n > 1 else ()), *SIDE, *(("mean_logprob", "logprobs") if logprobs else ()))
+    names = table.free_names([name], side, prefix=name) if keep else {c: c for c in (name, *side)}
+    asked = make_prompt(prompt, on, table.names, only=table.only, call="complete")
+    loaded = resolve(model, Mode.COMPLETION)
+    params = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "schema": schema,
+        "choices": choices,
+        "logprobs": logprobs or None,
+        **options,
+    }
+    work = completion_work("complete", params, seed=seed)
+
+    def build(run: Run, columns: Columns) -> Any:
+        out = {name: columns.values(pa.large_string())}
+        if n > 1:
+            position = np.arange(len(columns.row_job)) if columns.rows is None else columns.rows
+            out["sample"] = pa.array((position % n).astype(np.int16))
+        out |= side_columns(run, columns, SIDE)
+        if logprobs:
+            out |= logprob_columns(columns)
+        named = {names[column]: array for column, array in out.items()}
+        info = {**run.info, "columns": list(named)}
+        return table.with_columns(named, keep=keep, rows=_positions(columns, table, n), info=info)
+
+    plan = make_plan(
+        table, asked, work, loaded, samples=n, seed=seed if temperature > 0 else 0, nulls=nulls, cache=cache
+    )
+    advice = asked.advice if isinstance(asked, Template) and table.rows >= _ADVISE_ROWS else None
+    return Run(plan, build, params={**params, "n": n, "name": name}, on_error=on_error, advice=advice)
+
+
+# Fewer rows are over before the advice is read.
+_ADVISE_ROWS = 32
+
+
+def completion_work(
+    op: str,
+    params: Mapping[str, Any],
+    *,
+    seed: int | None,
+    parse: Callable[[str], Any] | None = None,
+) -> CompletionWork:
+    """Check the options once, by making the request that every row's request is a copy of.
+
+    Raises
+    ------
+    RequestError
+        An option is unknown, out of range or contradicts another.
+    """
+    from nbinfer.session import prepare
+
+    prepared = prepare("", seed=seed, **params)
+    if parse is None and prepared.schema is not None:
+        parse = prepared.schema.parse
+    return CompletionWork(op, prepared.request, parse)
+
+
+def logprob_columns(columns: Columns) -> dict[str, Any]:
+    """Return the answers' mean log-probability and every token's, as Arrow arrays."""
+    import pyarrow as pa
+
+    kind = pa.list_(
+        pa.struct(
+            [
+                ("token", pa.string()),
+                ("logprob", pa.float32()),
+                ("top", pa.list_(pa.struct([("token", pa.string()), ("logprob", pa.float32())]))),
+            ],
+        ),
+    )
+    means: list[float | None] = []
+    every: list[Any] = []
+    for job in range(len(columns.outcomes)):
+        tokens = columns.outcomes.extra.get(job, {}).get("logprobs")
+        if tokens is None or job in columns.outcomes.errors:
+            means.append(None)
+            every.append(None)
+            continue
+        means.append(float(np.mean([logprob for _, logprob, _ in tokens])) if tokens else None)
+        every.append(
+            [
+                {"token": token, "logprob": logprob, "top": [{"token": t, "logprob": p} for t, p in top]}
+                for token, logprob, top in tokens
+            ],
+        )
+    return {
+        "mean_logprob": columns.values(pa.float32(), means),
+        "logprobs": columns.values(kind, every),
+    }
+
+
+# What well-known embedding models want before a query and a document, by a part of their name.
+_PREFIXES: tuple[tuple[str, str, str], ...] = (
+    ("nomic-embed", "search_query: ", "search_document: "),
+    ("e5-", "query: ", "passage: "),
+    ("bge-", "Represent this sentence for searching relevant passages: ", ""),
+    ("mxbai-embed", "Represent this sentence for searching relevant passages: ", ""),
+    ("snowflake-arctic-embed", "Represent this sentence for searching relevant passages: ", ""),
+)
+
+
+def kind_prefix(model_name: str, kind: Literal["query", "document"] | None) -> str:
+    """Return what to put before a text of this kind for this model; empty for models that want nothing."""
+    if kind is None:
+        return ""
+    lower = model_name.lower()
+    for part, query, document in _PREFIXES:
+        # bge-m3 is trained without an instruction.
+        if part in lower and "bge-m3" not in lower:
+            return query if kind == "query" else document
+    return ""
+
+
+def _text(content: Any) -> str:
+    if not isinstance(content, str):
+        raise RequestError("a row holds a conversation; an embedding is of text.")
+    return content
+
+
+def embed(
+    data: Any,
+    prompt: Any = None,
+    *,
+    on: Any = None,
+    name: str = "embedding",
+    model: Any = None,
+    kind: Literal["query", "document"] | None = None,
+    normalize: bool = True,
+    dims: int | None = None,
+    cache: CacheMode = True,
+    on_error: OnError = "null",
+    nulls: Nulls = "skip",
+    too_long: str = "error",
+    keep: bool = True,
+    progress: bool | Sink | None = None,
+) -> Any:
+    """Compute one vector per row.
+
+    Parameters
+    ----------
+    data, prompt, on, name, model, cache, on_error, nulls, keep, progress
+        As for :func:`complete`.
+    kind
+        "query" or "document" adds the prefix that some models were trained with; the provenance records it.
+    normalize
+        Whether vectors have length 1, so that their dot product is the cosine.
+    dims
+        Keep the first so many components (models trained for it), then normalise again.
+
+    Returns
+    -------
+    DataFrame
+        ``embedding`` (a fixed-size list of float32; null for failed and skipped rows), ``n_tokens``,
+        ``error``. :func:`vectors` gives the matrix.
+
+    Raises
+    ------
+    RequestError
+        The call itself is wrong: an unknown column, a name that is taken, a wrong option.
+    """
+    run = _embed(
+        data,
+        prompt,
+        on=on,
+        name=name,
+        model=model,
+        kind=kind,
+        normalize=normalize,
+        dims=dims,
+        cache=cache,
+        on_error=on_error,
+        nulls=nulls,
+        too_long=too_long,
+        keep=keep,
+    )
+    return remember(run).run(make_sink(progress))
+
+
+def _embed(
+    data: Any,
+    prompt: Any = None,
+    *,
+    on: Any = None,
+    name: str = "embedding",
+    model: Any = None,
+    kind: Literal["query", "document"] | None = None,
+    normalize: bool = True,
+    dims: int | None = None,
+    cache: CacheMode = True,
+    on_error: OnError = "null",
+    nulls: Nulls = "skip",
+    too_long: str = "error",
+    keep: bool = True,
+) -> Run:
+    table = read(data)
+    _too_long(too_long)
+    choice("kind", kind, (None, "query", "document"))
+    side = ("n_tokens", "error")
+    names = table.free_names([name], side, prefix=name) if keep else {c: c for c in (name, *side)}
+    asked = make_prompt(prompt, on, table.names, only=table.only, call="embed")
+    loaded = resolve(model, Mode.EMBEDDING)
+    size = loaded.info.dimensions
+    if dims is not None and (dims < 1 or (size is not None and dims > size)):
+        raise RequestError(f"dims={dims!r}: {loaded.name} has vectors of {size} components.")
+    work = EmbeddingWork(normalize, dims, kind_prefix(loaded.info.model, kind))
+
+    def build(run: Run, columns: Columns) -> Any:
+        out = {
+            name: columns.vectors(dims or size),
+            "n_tokens": columns.prompt_tokens(),
+            "error": columns.error(),
+        }
+        named = {names[column]: array for column, array in out.items()}
+        info = {**run.info, "columns": list(named)}
+        return table.with_columns(named, keep=keep, rows=_positions(columns, table, 1), info=info)
+
+    plan = make_plan(table, asked, work, loaded, convert=_text, nulls=nulls, cache=cache)
+    params = {"normalize": normalize, "dims": dims, "kind": kind, "prefix": work.prefix, "name": name}
+    return Run(plan, build, params=params, on_error=on_error)
+
+
+_OPERATIONS: dict[str, Callable[..., Run]] = {"complete": _complete, "embed": _embed}
+
+
+def submit(data: Any, prompt: Any = None, *, operation: str = "complete", **options: Any) -> Run:
+    """Start a batch in the background and return at once.
+
+    Parameters
+    ----------
+    data, prompt, **options
+        As for the operator.
+    operation
+        Its name: ``complete``, ``embed``, ``extract`` or ``classify``.
+
+    Returns
+    -------
+    Run
+        ``.frame()`` at any time, ``.wait()``, ``.cancel()``, ``.retry_failed()``; iterating gives frames of
+        rows as they finish.
+    """
+    choice("operation", operation, tuple(_OPERATIONS))
+    options.pop("progress", None)
+    return remember(_OPERATIONS[operation](data, prompt, **options)).start()

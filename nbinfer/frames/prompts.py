@@ -1,0 +1,335 @@
+"""What a row says to the model: templates, columns taken as they are, callables, Jinja.
+
+A prompt knows which columns it needs before any row is read, so a misspelt field is an error before work
+starts, and a row with a missing value never reaches the model as the text "nan" or "None".
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+from nbinfer.contract.errors import RequestError
+from nbinfer.contract.requests import ROLES
+
+Content: TypeAlias = str | tuple[dict[str, Any], ...]
+"""What a row asks: text for one user message, or a whole conversation."""
+
+TEXT = "text"
+"""The field under which the items of a list or Series go."""
+
+# A template that is mostly text *after* the first field repeats that text for every row: the engine can
+# only share what comes before the first difference.
+_LINT_CHARS = 200
+_SHOWN = 20
+
+
+_CONVERSIONS: dict[str, Callable[[Any], str]] = {"s": str, "r": repr, "a": ascii}
+
+
+class NullField(RequestError):  # noqa: N818 - what happened, as the error column names it
+    """A column that the prompt needs is null in this row."""
+
+
+class Prompt(Protocol):
+    """Turns the values of one row into what is asked of the model."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns to read, in the order in which :meth:`render` takes them."""
+        ...
+
+    @property
+    def takes_null(self) -> bool:
+        """Whether missing values are passed on (as None) instead of following the ``nulls`` rule."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """The prompt as text, for provenance."""
+        ...
+
+    def render(self, values: Sequence[Any]) -> Content | None:
+        """Return what is asked for this row; None skips it."""
+        ...
+
+
+def as_content(value: Any) -> Content:
+    """Take one cell as what is asked: text, a number or date as text, or a list of messages.
+
+    Raises
+    ------
+    RequestError
+        The value is neither, for instance bytes or a dict.
+    """
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, bytes | bytearray | memoryview | Mapping | set | frozenset):
+        raise RequestError(f"a row holds {type(value).__name__}; a prompt is text or a list of messages.")
+    if hasattr(value, "tolist") and getattr(value, "ndim", None):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        messages = []
+        for message in value:
+            if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+                raise RequestError(
+                    'a row holds a list that is not a conversation; a message is {"role": …, "content": …} '
+                    f"with a role of {', '.join(ROLES)}.",
+                )
+            # Arrow structs give every message every key; the absent ones come back as None.
+            messages.append({key: part for key, part in message.items() if part is not None})
+        if not messages:
+            raise RequestError("a row holds an empty list of messages.")
+        return tuple(messages)
+    return str(value)
+
+
+def _list_columns(columns: Sequence[str]) -> str:
+    shown = ", ".join(repr(c) for c in columns[:_SHOWN])
+    return shown + (f", … ({len(columns)} in all)" if len(columns) > _SHOWN else "") if columns else "none"
+
+
+def unknown_column(name: str, columns: Sequence[str], *, asked_by: str) -> RequestError:
+    """Return the error for a column that is not there, with those that are."""
+    import difflib
+
+    near = difflib.get_close_matches(name, columns, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return RequestError(
+        f"{asked_by} names {name!r}, which is no column.{hint}\nColumns: {_list_columns(columns)}."
+    )
+
+
+class Template:
+    r"""A ``str.format`` template whose fields are columns: ``"Summarise: {title}\n{body}"``.
+
+    A field is the whole text between the braces, so ``{first name}`` and ``{a.b}`` name columns; nothing of
+    a value is looked up or called. Conversions and formats work (``{price:.2f}``). ``{{`` is one brace.
+
+    Raises
+    ------
+    RequestError
+        No field at all, an unknown field, or braces that do not pair.
+    """
+
+    takes_null = False
+
+    def __init__(self, text: str, columns: Sequence[str], *, only: bool = False) -> None:
+        self.source = text
+        known = set(columns)
+        names: list[str] = []
+        self._pieces: list[tuple[str, int, str | None, str]] = []
+        try:
+            parsed = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise RequestError(
+                f"the template does not parse: {error}.\n"
+                "A field is {column}; a literal brace is doubled: {{ or }}.",
+            ) from None
+        for literal, name, spec, conversion in parsed:
+            if name is None:
+                self._pieces.append((literal, -1, None, ""))
+                continue
+            # A list or Series has one column only: {} and {text} can mean nothing else.
+            field = columns[0] if only and name in {"", TEXT} else name
+            if field not in known:
+                unknown = unknown_column(field, columns, asked_by="the template")
+                if field.isidentifier():
+                    raise unknown
+                raise RequestError(f"{unknown}\nA brace that is meant literally is doubled: {{{{ or }}}}.")
+            if "{" in (spec or ""):
+                raise RequestError(
+                    f"the template's field {field!r} has a field in its format; that is not supported."
+                )
+            if field not in names:
+                names.append(field)
+            self._pieces.append((literal, names.index(field), conversion, spec or ""))
+        if not names:
+            raise RequestError(
+                "the template has no field, so every row would ask the same.\n"
+                f"Name a column in braces, or use on='column'. Columns: {_list_columns(columns)}.",
+            )
+        self.columns = tuple(names)
+
+    @property
+    def advice(self) -> str | None:
+        """One sentence when the template's order keeps rows from sharing their prefix; else None."""
+        seen = after = before = 0
+        for literal, column, _, _ in self._pieces:
+            if seen:
+                after += len(literal)
+            else:
+                before += len(literal)
+            seen += column >= 0
+        if after >= _LINT_CHARS and before < after:
+            return (
+                f"{after} characters of the template come after its first field and are computed again for "
+                "every row; with the fixed text first and the fields last they are computed once."
+            )
+        return None
+
+    def render(self, values: Sequence[Any]) -> str:
+        """Fill the fields with this row's values."""
+        out = []
+        for literal, column, conversion, spec in self._pieces:
+            out.append(literal)
+            if column < 0:
+                continue
+            value = values[column]
+            if conversion is None and not spec and isinstance(value, str):
+                out.append(value)
+                continue
+            if isinstance(value, bytes | bytearray | memoryview):
+                raise RequestError(f"column {self.columns[column]!r} holds bytes; a template takes text.")
+            if conversion:
+                value = _CONVERSIONS[conversion](value)
+            out.append(format(value, spec))
+        return "".join(out)
+
+
+class Column:
+    """One column as it is: text, or a list of messages."""
+
+    takes_null = False
+
+    def __init__(self, name: str) -> None:
+        self.columns = (name,)
+        self.source = f"{{{name}}}"
+
+    def render(self, values: Sequence[Any]) -> Content:
+        """Return the cell as what is asked."""
+        return as_content(values[0])
+
+
+class Call:
+    """A function of the row; it gets a dict of a frame's row, or the item itself, nulls as None."""
+
+    takes_null = True
+
+    def __init__(self, function: Callable[[Any], Any], columns: Sequence[str], *, only: bool = False) -> None:
+        self._function = function
+        self._only = only
+        self.columns = tuple(columns)
+        self.source = f"<function {getattr(function, '__qualname__', type(function).__name__)}>"
+
+    def render(self, values: Sequence[Any]) -> Content | None:
+        """Call the function; None skips the row."""
+        argument = values[0] if self._only else dict(zip(self.columns, values, strict=True))
+        value = self._function(argument)
+        return None if value is None else as_content(value)
+
+
+class Jinja:
+    """A Jinja template over the row's columns, for loops and conditions: ``nb.jinja("…")``.
+
+    It runs in Jinja's sandbox. A name that is no column is an error before work starts. Missing values are
+    passed as None, for the template to test.
+    """
+
+    takes_null = True
+
+    def __init__(self, text: str) -> None:
+        from jinja2 import StrictUndefined, TemplateSyntaxError, meta
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        self.source = text
+        env = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        try:
+            self._names = meta.find_undeclared_variables(env.parse(text))
+        except TemplateSyntaxError as error:
+            raise RequestError(
+                f"the Jinja template does not parse: {error.message} (line {error.lineno})."
+            ) from None
+        self._template = env.from_string(text)
+        self.columns: tuple[str, ...] = ()
+        self._fields: tuple[str, ...] = ()
+
+    def bind(self, columns: Sequence[str], *, only: bool = False) -> Jinja:
+        """Return this template tied to the columns of a frame."""
+        if not self._names:
+            raise RequestError(
+                "the Jinja template has no variable, so every row would ask the same.\n"
+                f"Columns: {_list_columns(columns)}.",
+            )
+        bound = Jinja(self.source)
+        fields = sorted(self._names)
+        resolved = [columns[0] if only and field == TEXT else field for field in fields]
+        for field in resolved:
+            if field not in columns:
+                raise unknown_column(field, columns, asked_by="the Jinja template")
+        bound.columns, bound._fields = tuple(resolved), tuple(fields)
+        return bound
+
+    def render(self, values: Sequence[Any]) -> str:
+        """Run the template on this row's values."""
+        return self._template.render(dict(zip(self._fields, values, strict=True)))
+
+
+def jinja(text: str) -> Jinja:
+    """Make a Jinja prompt for :func:`nbinfer.complete` and its siblings.
+
+    Raises
+    ------
+    RequestError
+        The template does not parse.
+    """
+    return Jinja(text)
+
+
+def make_prompt(
+    prompt: Any,
+    on: Any,
+    columns: Sequence[str],
+    *,
+    only: bool,
+    default: str | None = None,
+    call: str = "complete",
+) -> Prompt:
+    """Return the prompt that ``prompt`` and ``on`` ask for.
+
+    Parameters
+    ----------
+    prompt
+        A template, a callable, a :class:`Jinja`, or None.
+    on
+        The column to take as it is (or, with ``default``, to put into it); None when ``prompt`` says it all.
+    columns
+        The frame's columns; for a list or Series the one name it goes by.
+    only
+        Whether the data is a list or Series.
+    default
+        The operator's own template around one text, with the field ``{text}``.
+
+    Raises
+    ------
+    RequestError
+        Neither or both given, or a column is unknown.
+    """
+    if prompt is not None and on is not None:
+        raise RequestError(f"{call}: give a prompt template or on='column', not both.")
+    if isinstance(prompt, Jinja):
+        return prompt.bind(columns, only=only)
+    if isinstance(prompt, str):
+        return Template(prompt, columns, only=only)
+    if callable(prompt):
+        return Call(prompt, columns, only=only)
+    if prompt is not None:
+        raise RequestError(
+            f"{call}: prompt is {type(prompt).__name__}; it is a template, a callable, or nb.jinja(…)."
+        )
+    if on is None and not only:
+        example = columns[0] if columns else "column"
+        raise RequestError(
+            f"{call}: which column? Give a template such as 'Summarise: {{{example}}}', or on={example!r}.\n"
+            f"Columns: {_list_columns(columns)}.",
+        )
+    name = columns[0] if only and on is None else on
+    name = name if isinstance(name, str) else str(name)
+    if name not in columns:
+        raise unknown_column(name, columns, asked_by="on")
+    if default is None:
+        return Column(name)
+    wrapped = Template(default, [name], only=True)
+    wrapped.source = default
+    return wrapped

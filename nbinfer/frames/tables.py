@@ -1,0 +1,354 @@
+"""Frames in and frames out: pandas, polars, pyarrow, lists; the same family comes back.
+
+Values are read through narwhals, with missing values masked by ``is_null`` (a pandas ``str`` column gives
+``nan`` for them). New columns are built once, as Arrow arrays, and turned into the family's own types here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from nbinfer.contract.errors import RequestError
+from nbinfer.frames.prompts import TEXT, unknown_column
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+META_KEY = "nbinfer"
+"""The key of the provenance in ``DataFrame.attrs`` and in Arrow's schema metadata."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one of the families that nbinfer reads.
+
+    ``native`` is what was given (a list became a pandas Series); ``kind`` says whether results stand beside
+    the input's columns (``frame``) or alone.
+    """
+
+    native: Any
+    family: Literal["pandas", "polars", "pyarrow"]
+    kind: Literal["frame", "series", "list"]
+    names: tuple[str, ...]
+    rows: int
+
+    @property
+    def only(self) -> bool:
+        """Whether there is one unnamed or named column: a list or a Series."""
+        return self.kind != "frame"
+
+    # -- reading ------------------------------------------------------------------------------------------
+
+    def column(self, name: Any) -> Any:
+        """Return the family's own column called ``name``.
+
+        Raises
+        ------
+        RequestError
+            There is no such column.
+        """
+        if self.only:
+            return self.native
+        if self.family == "pandas":
+            found = [c for c in self.native.columns if c == name] if not isinstance(name, str) else []
+            found = found or [c for c in self.native.columns if str(c) == str(name)]
+            if not found:
+                raise unknown_column(str(name), self.names, asked_by="the call")
+            return self.native[found[0]]
+        if name not in self.names:
+            raise unknown_column(str(name), self.names, asked_by="the call")
+        return self.native[name]
+
+    def values(self, names: Sequence[str], start: int, stop: int) -> list[list[Any]]:
+        """Return the columns' values of some rows as Python objects, missing ones (NaN included) as None."""
+        import narwhals.stable.v2 as nw
+
+        out = []
+        for name in names:
+            column = nw.from_native(self.column(name), series_only=True)[start:stop]
+            values = column.to_list()
+            if column.is_null().any():
+                values = [
+                    None if null else v for v, null in zip(values, column.is_null().to_list(), strict=True)
+                ]
+            if column.dtype.is_float() or column.dtype == nw.Object:
+                # Polars keeps NaN apart from null; as text it is never meant.
+                values = [None if isinstance(v, float) and v != v else v for v in values]  # noqa: PLR0124
+            out.append(values)
+        return out
+
+    def label(self, row: int) -> str:
+        """Name a row for a message: its position, and its index label where there is one."""
+        if self.family == "pandas" and self.kind != "list":
+            return f"row {row} (index {self.native.index[row]!r})"
+        return f"row {row}"
+
+    def provenance(self) -> dict[str, Any] | None:
+        """Return what an earlier call left in ``attrs`` or the schema's metadata; None when nothing did."""
+        if self.family == "pandas":
+            found = self.native.attrs.get(META_KEY)
+            return dict(found) if isinstance(found, Mapping) else None
+        if self.family == "pyarrow" and self.kind == "frame":
+            raw = (self.native.schema.metadata or {}).get(META_KEY.encode())
+            return json.loads(raw) if raw else None
+        return None
+
+    # -- writing ------------------------------------------------------------------------------------------
+
+    def free_names(
+        self, value_names: Sequence[str], side_names: Sequence[str], *, prefix: str
+    ) -> dict[str, str]:
+        """Choose names for the new columns so that none of the input's is overwritten.
+
+        The side columns (``error``, …) all take the prefix ``<prefix>_`` as soon as one of them is taken,
+        so that a call's columns stay recognisable as a group.
+
+        Raises
+        ------
+        RequestError
+            A value column's name is taken, or a prefixed one is.
+        """
+        wanted = [*value_names, *side_names]
+        if len(set(wanted)) != len(wanted):
+            twice = sorted({name for name in wanted if wanted.count(name) > 1})
+            raise RequestError(
+                f"the results would hold {', '.join(map(repr, twice))} twice; choose another name."
+            )
+        taken = set(self.names) if self.kind == "frame" else set()
+        clash = [name for name in value_names if name in taken]
+        if clash:
+            raise RequestError(
+                f"the frame already has a column {clash[0]!r}, and nothing is overwritten.\n"
+                f"Choose another name (name='{clash[0]}2'), drop the column, or pass keep=False.",
+            )
+        if taken.isdisjoint(side_names):
+            return {name: name for name in wanted}
+        prefixed = {name: f"{prefix}_{name}" for name in side_names}
+        clash = sorted((taken | set(value_names)) & set(prefixed.values()))
+        if clash:
+            raise RequestError(
+                f"the frame already has {', '.join(map(repr, clash))}, and nothing is overwritten.\n"
+                f"Choose another name than {prefix!r}, drop them, or pass keep=False.",
+            )
+        return {name: name for name in value_names} | prefixed
+
+    def with_columns(
+        self,
+        columns: Mapping[str, Any],
+        *,
+        keep: bool = True,
+        rows: NDArray[np.int64] | None = None,
+        info: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Return the rows with new columns, in the family that came in.
+
+        Parameters
+        ----------
+        columns
+            Arrow arrays by name, in order.
+        keep
+            Whether a frame's own columns stay; a list's or Series' values never do.
+        rows
+            Positions of the input rows that the new columns belong to; None: all, in order.
+        info
+            Provenance, plain JSON.
+        """
+        keep = keep and self.kind == "frame"
+        if self.family == "pandas":
+            return _pandas_frame(self, columns, keep=keep, rows=rows, info=info)
+        if self.family == "polars":
+            import polars as pl
+
+            base = (self.native if rows is None else self.native[rows]) if keep else pl.DataFrame()
+            return base.with_columns([_to_polars(array).alias(name) for name, array in columns.items()])
+        import pyarrow as pa
+
+        if keep:
+            table = self.native if rows is None else self.native.take(pa.array(rows))
+            for name, array in columns.items():
+                table = table.append_column(name, array)
+        else:
+            table = pa.table(dict(columns))
+        if info is not None:
+            metadata = dict(table.schema.metadata or {})
+            metadata[META_KEY.encode()] = json.dumps(chain(info, self.provenance())).encode()
+            table = table.replace_schema_metadata(metadata)
+        return table
+
+
+def chain(info: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Put this call's provenance on top, with that of the calls before it under ``earlier``."""
+    if not earlier:
+        return dict(info)
+    older = dict(earlier)
+    return {**info, "earlier": [*older.pop("earlier", []), older]}
+
+
+def read(data: Any) -> Table:
+    """Take a list, tuple, Series or DataFrame (pandas, polars, pyarrow).
+
+    Raises
+    ------
+    RequestError
+        The data is something else, lazy, or has columns of one name.
+    """
+    if isinstance(data, str | bytes | Mapping):
+        raise RequestError(
+            f"data is one {type(data).__name__}; it is a list, Series or DataFrame. For one prompt: infer()."
+        )
+    if isinstance(data, list | tuple):
+        import pandas as pd
+
+        items = pd.Series(list(data), dtype=object)
+        return Table(items, "pandas", "list", (TEXT,), len(items))
+    module = type(data).__module__.partition(".")[0]
+    # The families are told apart without importing those that are not in use.
+    if module == "pandas" and "pandas" in sys.modules:
+        return _read_pandas(data)
+    if module == "polars":
+        return _read_polars(data)
+    if module == "pyarrow":
+        return _read_arrow(data)
+    if module == "numpy" and getattr(data, "ndim", 0) == 1:
+        return read(data.tolist())
+    raise RequestError(
+        f"data is {type(data).__module__}.{type(data).__name__}; it is a list, or a Series or DataFrame of "
+        "pandas, polars or pyarrow.",
+    )
+
+
+def _unique(names: Sequence[str]) -> tuple[str, ...]:
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) != len(names) else []
+    if twice:
+        raise RequestError(f"column names repeat: {', '.join(map(repr, twice))}. Rename them first.")
+    return tuple(names)
+
+
+def _series_name(name: Any) -> tuple[str, ...]:
+    return (TEXT,) if name is None or name == "" else (str(name),)
+
+
+def _read_pandas(data: Any) -> Table:
+    import pandas as pd
+
+    if isinstance(data, pd.DataFrame):
+        return Table(data, "pandas", "frame", _unique([str(c) for c in data.columns]), len(data))
+    if isinstance(data, pd.Index):
+        data = data.to_series().reset_index(drop=True)
+    if not isinstance(data, pd.Series):
+        data = pd.Series(data)
+    return Table(data, "pandas", "series", _series_name(data.name), len(data))
+
+
+def _read_polars(data: Any) -> Table:
+    import polars as pl
+
+    if isinstance(data, pl.DataFrame):
+        return Table(data, "polars", "frame", tuple(data.columns), data.height)
+    if isinstance(data, pl.Series):
+        return Table(data, "polars", "series", _series_name(data.name), len(data))
+    raise RequestError(f"data is a polars {type(data).__name__}: call .collect() on it first.")
+
+
+def _read_arrow(data: Any) -> Table:
+    import pyarrow as pa
+
+    if isinstance(data, pa.RecordBatch):
+        data = pa.Table.from_batches([data])
+    if isinstance(data, pa.Table):
+        return Table(data, "pyarrow", "frame", _unique(data.column_names), data.num_rows)
+    if isinstance(data, pa.Array):
+        data = pa.chunked_array([data])
+    if isinstance(data, pa.ChunkedArray):
+        return Table(data, "pyarrow", "series", (TEXT,), len(data))
+    raise RequestError(
+        f"data is a pyarrow {type(data).__name__}; it is a Table, an array or a chunked array."
+    )
+
+
+# -- Arrow to each family's own types ----------------------------------------------------------------------
+
+
+def _pandas_frame(
+    table: Table,
+    columns: Mapping[str, Any],
+    *,
+    keep: bool,
+    rows: NDArray[np.int64] | None,
+    info: Mapping[str, Any] | None,
+) -> Any:
+    import pandas as pd
+
+    if rows is None:
+        index = table.native.index
+        out = table.native.copy(deep=False) if keep else pd.DataFrame(index=index)
+    else:
+        index = table.native.index.take(rows)
+        out = table.native.take(rows) if keep else pd.DataFrame(index=index)
+    # One concat, not one assignment per column: positions, not labels, so duplicate labels are safe.
+    new = pd.DataFrame(
+        {name: pd.Series(to_pandas(array), index=index) for name, array in columns.items()}, index=index
+    )
+    attrs = dict(table.native.attrs)
+    if keep and len(out.columns):
+        for position, name in enumerate(new.columns, start=len(out.columns)):
+            out.insert(position, name, new[name].array)
+    else:
+        out = new
+    out.attrs = attrs if info is None else {**attrs, META_KEY: chain(info, table.provenance())}
+    return out
+
+
+def to_pandas(array: Any) -> Any:
+    """Turn an Arrow array into the pandas array of the matching type.
+
+    Text becomes ``str``, integers ``Int8``…``Int64``, float64 ``Float64``, booleans ``boolean``,
+    dictionaries ``category``, timestamps ``datetime64``, float32 plain NumPy (NaN for missing), and
+    everything nested stays Arrow.
+    """
+    import numpy as np
+    import pandas as pd
+    import pyarrow as pa
+
+    kind = array.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return string_dtype().__from_arrow__(array)
+    if pa.types.is_dictionary(kind):
+        codes = array.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        return pd.Categorical.from_codes(codes.tolist(), categories=array.dictionary.to_pylist())
+    if pa.types.is_float32(kind):
+        return np.array(array.to_numpy(zero_copy_only=False), dtype=np.float32)
+    nullable = {pa.int8(): "Int8", pa.int16(): "Int16", pa.int32(): "Int32", pa.int64(): "Int64"}
+    nullable |= {pa.float64(): "Float64", pa.bool_(): "boolean"}
+    if kind in nullable:
+        dtype: Any = pd.api.types.pandas_dtype(nullable[kind])
+        return dtype.__from_arrow__(array)
+    if pa.types.is_timestamp(kind):
+        return array.to_pandas().array
+    return pd.arrays.ArrowExtensionArray(pa.chunked_array([array]))
+
+
+def string_dtype() -> Any:
+    """Return pandas' own default text type: ``str`` in pandas 3, ``string`` before."""
+    import numpy as np
+    import pandas as pd
+
+    if int(pd.__version__.partition(".")[0]) >= 3:  # noqa: PLR2004 - pandas 3 made it the default
+        return pd.StringDtype(na_value=np.nan)
+    return pd.StringDtype("pyarrow")
+
+
+def _to_polars(array: Any) -> Any:
+    import polars as pl
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(array.type):
+        return pl.Series(
+            array.cast(pa.large_string()).to_pylist(), dtype=pl.Enum(array.dictionary.to_pylist())
+        )
+    return pl.from_arrow(array)

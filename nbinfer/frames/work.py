@@ -1,0 +1,405 @@
+"""What an operator asks of the engine: requests out of rows, records out of results."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from nbinfer.contract.errors import ContextOverflow, EngineError, SchemaError
+from nbinfer.contract.modes import Mode
+from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest, RerankRequest, Sampling
+from nbinfer.frames.outcomes import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from nbinfer.contract.requests import Request
+    from nbinfer.contract.results import EmbeddingResult, RerankResult, Result
+    from nbinfer.engines.protocol import Engine, EngineInfo
+    from nbinfer.engines.stream import Stream
+
+MIN_WINDOW = 32
+TEXTS_PER_REQUEST = 32
+
+
+class FrameModel(Protocol):
+    """What a batch needs of a loaded model."""
+
+    @property
+    def name(self) -> str:
+        """The name that a person gave it."""
+        ...
+
+    @property
+    def engine(self) -> Engine:
+        """The engine behind it."""
+        ...
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine really uses."""
+        ...
+
+    def submit(self, request: Any) -> Stream:
+        """Start a request."""
+        ...
+
+
+class Work(Protocol):
+    """One operator's share of a batch; the runner knows nothing else of it."""
+
+    @property
+    def op(self) -> str:
+        """The operator's name."""
+        ...
+
+    @property
+    def mode(self) -> Mode:
+        """What the model must be loaded for."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """Contents per request."""
+        ...
+
+    def constants(self, info: EngineInfo) -> dict[str, Any]:
+        """Return what all rows share and results depend on, as JSON."""
+        ...
+
+    def window(self, info: EngineInfo) -> int:
+        """Return how many requests to keep with the engine at once."""
+        ...
+
+    def order(self, content: Any) -> Any:
+        """Return the sort key that brings contents with a common beginning together."""
+        ...
+
+    def refuse(self, engine: Engine, content: Any) -> ContextOverflow | None:
+        """Return the error of a content that cannot fit, before anything is computed."""
+        ...
+
+    def request(self, contents: Sequence[Any], seeds: Sequence[int | None]) -> Request:
+        """Return the request for these contents."""
+        ...
+
+    def records(self, result: Any, contents: Sequence[Any]) -> list[Record]:
+        """Return one record per content."""
+        ...
+
+    def accept(self, record: Record) -> tuple[Any, Exception | None]:
+        """Return the typed value of a record, and why it is not valid (or None)."""
+        ...
+
+    def encode(self, value: Any) -> bytes:
+        """Return a value as the bytes that the journal keeps."""
+        ...
+
+    def decode(self, data: bytes) -> Any:
+        """Return the value behind such bytes."""
+        ...
+
+
+def weights(info: EngineInfo) -> dict[str, Any]:
+    """Return what identifies the weights behind a result."""
+    return {"backend": info.backend, "weights": info.digest}
+
+
+@dataclass(frozen=True)
+class CompletionWork:
+    """Text for each row.
+
+    Parameters
+    ----------
+    base
+        The request with its options checked; its last message (or its prompt) is where the row goes.
+    parse
+        Turns the text into a typed value; raises ``SchemaError``. None: the text is the value.
+    """
+
+    op: str
+    base: CompletionRequest
+    parse: Callable[[str], Any] | None = None
+
+    mode = Mode.COMPLETION
+    batch = 1
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the same prompt gives the same text whatever the seed."""
+        return self.base.sampling.temperature == 0
+
+    @property
+    def system(self) -> tuple[Any, ...]:
+        """The messages before the row's own."""
+        return () if self.base.messages is None else self.base.messages[:-1]
+
+    def constants(self, info: EngineInfo) -> dict[str, Any]:
+        """Return what all rows share and results depend on, as JSON."""
+        base = self.base
+        return {
+            "op": "complete",  # extract and classify are completions too: the same question has one answer
+            **weights(info),
+            "system": [dict(m) for m in self.system],
+            "raw": base.messages is None,
+            "sampling": sampling_key(base.sampling),
+            "max_tokens": base.max_tokens,
+            "stop": list(base.stop),
+            "constraint": None if base.constraint is None else [base.constraint.kind, base.constraint.value],
+            "logprobs": base.logprobs,
+            "think": base.think,
+            "reasoning_budget": base.reasoning_budget,
+        }
+
+    def window(self, info: EngineInfo) -> int:
+        """Return how many requests to keep with the engine at once."""
+        return max(MIN_WINDOW, 4 * info.parallel)
+
+    def order(self, content: Any) -> str:
+        """Return the sort key that brings contents with a common beginning together."""
+        if isinstance(content, str):
+            return content
+        return "\n".join(str(m.get("content", "")) for m in content)
+
+    def refuse(self, engine: Engine, content: Any) -> ContextOverflow | None:
+        """Return the error of a content that cannot fit, before anything is computed."""
+        size = engine.info.context_size
+        # A token is at least one byte of text, so only texts near or above the context need counting.
+        if len(self.order(content).encode("utf-8", "replace")) < size // 2:
+            return None
+        _, tokens = engine.render(self.request([content], [None]))
+        if tokens < size:
+            return None
+        return ContextOverflow(
+            f"the prompt has {tokens} tokens; the context holds {size}, prompt and answer together.",
+            prompt_tokens=tokens,
+            context_size=size,
+        )
+
+    def request(self, contents: Sequence[Any], seeds: Sequence[int | None]) -> CompletionRequest:
+        """Return the request for these contents."""
+        (content,), (seed,) = contents, seeds
+        changes: dict[str, Any] = {}
+        if self.base.messages is None:
+            changes["prompt"] = content if isinstance(content, str) else self.order(content)
+        elif isinstance(content, str):
+            changes["messages"] = (*self.system, {**self.base.messages[-1], "content": content})
+        else:
+            # A conversation that brings its own system prompt keeps it.
+            own = content[0].get("role") in {"system", "developer"}
+            changes["messages"] = content if own else (*self.system, *content)
+        if seed is not None and not self.greedy:
+            changes["sampling"] = replace(self.base.sampling, seed=seed)
+        return replace(self.base, priority="batch", **changes)
+
+    def records(self, result: Result, contents: Sequence[Any]) -> list[Record]:
+        """Return one record per content."""
+        del contents
+        if result.finish_reason == "error":
+            raise EngineError(result.error or "the engine failed while it answered")
+        timings = result.timings
+        extra: dict[str, Any] = {}
+        if result.reasoning:
+            extra["reasoning"] = result.reasoning
+        if result.logprobs is not None:
+            extra["logprobs"] = [[lp.token, lp.logprob, [list(t) for t in lp.top]] for lp in result.logprobs]
+        return [
+            Record(
+                result.text,
+                result.finish_reason,
+                result.usage.prompt_tokens,
+                result.usage.cached_tokens,
+                result.usage.completion_tokens,
+                timings.prompt_seconds + timings.generation_seconds,
+                extra or None,
+            ),
+        ]
+
+    def accept(self, record: Record) -> tuple[Any, Exception | None]:
+        """Return the typed value of a record, and why it is not valid (or None)."""
+        if record.finish_reason == "length" and self.base.constraint is not None:
+            return None, Truncated(
+                f"the answer reached max_tokens={self.base.max_tokens} before its end; raise max_tokens.",
+                raw=record.value,
+            )
+        if self.parse is None:
+            return None, None
+        try:
+            return self.parse(record.value), None
+        except SchemaError as error:
+            return None, error
+
+    def encode(self, value: str) -> bytes:
+        """Return a value as the bytes that the journal keeps."""
+        return value.encode("utf-8", "surrogatepass")
+
+    def decode(self, data: bytes) -> str:
+        """Return the value behind such bytes."""
+        return data.decode("utf-8", "surrogatepass")
+
+
+class Truncated(SchemaError):  # noqa: N818 - what happened, as the error column names it
+    """A constrained answer was cut short, so it is not valid."""
+
+
+def sampling_key(sampling: Sampling) -> dict[str, Any]:
+    """Return what the choice of tokens depends on: greedy choice knows no seed and no cuts."""
+    out: dict[str, Any] = {
+        "temperature": float(sampling.temperature),
+        "repeat_penalty": float(sampling.repeat_penalty),
+        "presence_penalty": float(sampling.presence_penalty),
+        "frequency_penalty": float(sampling.frequency_penalty),
+        "logit_bias": {str(token): float(bias) for token, bias in sorted(sampling.logit_bias.items())},
+    }
+    if sampling.temperature > 0:
+        out |= {
+            "top_p": float(sampling.top_p),
+            "top_k": sampling.top_k,
+            "min_p": float(sampling.min_p),
+            "seed": sampling.seed,
+        }
+    return out
+
+
+@dataclass(frozen=True)
+class EmbeddingWork:
+    """A vector for each text; ``prefix`` is what the model wants before texts of this kind."""
+
+    normalize: bool = True
+    dims: int | None = None
+    prefix: str = ""
+
+    op = "embed"
+    mode = Mode.EMBEDDING
+    batch = TEXTS_PER_REQUEST
+
+    def constants(self, info: EngineInfo) -> dict[str, Any]:
+        """Return what all rows share and results depend on, as JSON."""
+        return {
+            "op": "embed",
+            **weights(info),
+            "normalize": self.normalize,
+            "dims": self.dims,
+            "prefix": self.prefix,
+        }
+
+    def window(self, info: EngineInfo) -> int:
+        """Return how many requests to keep with the engine at once."""
+        del info
+        return 4
+
+    def order(self, content: Any) -> int:
+        """Return the sort key that brings contents with a common beginning together."""
+        # Texts of one length side by side: their requests take the same time.
+        return len(content)
+
+    def refuse(self, engine: Engine, content: Any) -> None:
+        """Return the error of a content that cannot fit, before anything is computed."""
+        del engine, content
+
+    def request(self, contents: Sequence[Any], seeds: Sequence[int | None]) -> EmbeddingRequest:
+        """Return the request for these contents."""
+        del seeds
+        texts = tuple(self.prefix + text for text in contents)
+        return EmbeddingRequest(texts=texts, normalize=self.normalize, dims=self.dims, priority="batch")
+
+    def records(self, result: EmbeddingResult, contents: Sequence[Any]) -> list[Record]:
+        """Return one record per content."""
+        _same_count(len(result.vectors), len(contents), "vectors")
+        # Copies: a row must not keep its whole batch alive.
+        return [
+            Record(np.array(vector, np.float32), prompt_tokens=int(tokens))
+            for vector, tokens in zip(result.vectors, result.n_tokens, strict=True)
+        ]
+
+    def accept(self, record: Record) -> tuple[None, Exception | None]:
+        """Return the typed value of a record, and why it is not valid (or None)."""
+        if not np.isfinite(record.value).all():
+            return None, EngineError("the vector holds NaN or infinite numbers.")
+        return None, None
+
+    def encode(self, value: Any) -> bytes:
+        """Return a value as the bytes that the journal keeps."""
+        return np.asarray(value, "<f4").tobytes()
+
+    def decode(self, data: bytes) -> Any:
+        """Return the value behind such bytes."""
+        return np.frombuffer(data, "<f4")
+
+
+@dataclass(frozen=True)
+class RerankWork:
+    """A score for each (query, document)."""
+
+    op = "rerank"
+    mode = Mode.RERANKING
+    batch = TEXTS_PER_REQUEST
+
+    def constants(self, info: EngineInfo) -> dict[str, Any]:
+        """Return what all rows share and results depend on, as JSON."""
+        return {"op": "rerank", **weights(info)}
+
+    def window(self, info: EngineInfo) -> int:
+        """Return how many requests to keep with the engine at once."""
+        del info
+        return 4
+
+    def order(self, content: Any) -> Any:
+        """Return the sort key that brings contents with a common beginning together."""
+        # One request has one query: the runner cuts batches where the order's first part changes.
+        return (content[0], len(content[1]))
+
+    def refuse(self, engine: Engine, content: Any) -> None:
+        """Return the error of a content that cannot fit, before anything is computed."""
+        del engine, content
+
+    def request(self, contents: Sequence[Any], seeds: Sequence[int | None]) -> RerankRequest:
+        """Return the request for these contents."""
+        del seeds
+        documents = tuple(document for _, document in contents)
+        return RerankRequest(query=contents[0][0], documents=documents, priority="batch")
+
+    def records(self, result: RerankResult, contents: Sequence[Any]) -> list[Record]:
+        """Return one record per content."""
+        _same_count(len(result.scores), len(contents), "scores")
+        return [
+            Record(float(score), prompt_tokens=int(tokens))
+            for score, tokens in zip(result.scores, result.n_tokens, strict=True)
+        ]
+
+    def accept(self, record: Record) -> tuple[None, Exception | None]:
+        """Return the typed value of a record, and why it is not valid (or None)."""
+        if not np.isfinite(record.value):
+            return None, EngineError(f"the score is {record.value}.")
+        return None, None
+
+    def encode(self, value: float) -> bytes:
+        """Return a value as the bytes that the journal keeps."""
+        return struct.pack("<d", value)
+
+    def decode(self, data: bytes) -> float:
+        """Return the value behind such bytes."""
+        return float(struct.unpack("<d", data)[0])
+
+
+def _same_count(got: int, asked: int, what: str) -> None:
+    if got != asked:
+        raise EngineError(f"the engine returned {got} {what} for {asked} texts.")
+
+
+def plain(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as JSON-able values, leaving out those that are off."""
+    import json
+
+    out = {}
+    for name, value in params.items():
+        if value is None:
+            continue
+        try:
+            out[name] = json.loads(json.dumps(value))
+        except (TypeError, ValueError):
+            out[name] = getattr(value, "__name__", repr(value))
+    return out
