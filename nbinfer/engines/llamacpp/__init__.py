@@ -29,6 +29,7 @@ def open_engine(
     main_gpu: int | None = None,
     tensor_split: list[float] | None = None,
     reasoning_budget: int | None = None,
+    exact: bool = False,
     digest: str = "",
     on_progress: Callable[[float], None] | None = None,
 ) -> Engine:
@@ -53,6 +54,9 @@ def open_engine(
         Tokens per decode call, and per computed graph.
     flash_attention
         None lets llama.cpp decide.
+    exact
+        Give the same text to the last bit, whatever ran before or runs beside: one request at a time, no
+        shared prefixes.
 
     Raises
     ------
@@ -88,7 +92,8 @@ def open_engine(
         if mode == "completion":
             from nbinfer.engines.llamacpp.generate import CompletionEngine
 
-            return CompletionEngine(weights, settings, reasoning_budget=reasoning_budget, **described)
+            described |= {"reasoning_budget": reasoning_budget, "exact": exact}
+            return CompletionEngine(weights, settings, **described)
         if mode in ("embedding", "reranking"):
             from nbinfer.engines.llamacpp.pooled import PooledEngine
 

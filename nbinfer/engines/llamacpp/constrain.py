@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import threading
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbinfer.contract.errors import BackendUnavailable, EngineError, RequestError
+from nbinfer.engines.llamacpp.library import library
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,12 +57,22 @@ class Constrainer:
     def _tokenizer_of(self, llguidance: Any) -> Any:
         with self._lock:
             if self._tokenizer is None:
-                from llguidance.llamacpp import lltokenizer_from_vocab
-
-                ends = sorted(self._weights.end_tokens)
-                self._tokenizer = lltokenizer_from_vocab(self._weights.vocab, eos_token=ends or None)
-                del llguidance
+                weights = self._weights
+                self._tokenizer = llguidance.LLTokenizer.from_llamacpp(
+                    tokens=[_token_bytes(weights, token) for token in range(weights.n_vocab)],
+                    vocab_ptr=weights.vocab,
+                    tokenize_fptr=ctypes.cast(library().llama_tokenize, ctypes.c_void_p).value,
+                    eos_token=sorted(weights.end_tokens),
+                )
             return self._tokenizer
+
+
+def _token_bytes(weights: Weights, token: int) -> bytes:
+    """A token's bytes as llguidance wants them: control tokens are marked with a byte no text has."""
+    data = weights.render_piece(token, special=True)
+    looks_special = data.startswith(b"<") and data.endswith(b">")
+    control, user_defined = weights.token_kind(token)
+    return b"\xff" + data if control or (user_defined and looks_special) else data
 
 
 class Matcher:

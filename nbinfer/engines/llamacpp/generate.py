@@ -7,6 +7,10 @@ requests in and read streams.
 Prompts share what they have in common: a finished sequence stays in its slot until the slot is needed, and a
 new prompt starts from the longest prefix that any slot holds. Rows that arrive together wait for the first
 of them to compute the prefix they share.
+
+The text does not depend on any of this, but for one thing: a computer adds floating-point numbers in another
+order when a batch has another shape, which can tip the balance between two tokens that are almost equally
+likely. ``exact=True`` serves one request at a time, from its first token, in batches of fixed shape.
 """
 
 from __future__ import annotations
@@ -127,14 +131,16 @@ class CompletionEngine:
         name: str,
         digest: str = "",
         reasoning_budget: int | None = None,
+        exact: bool = False,
     ) -> None:
         self._weights = weights
         # A recurrent state is paid for per sequence; elsewhere a sequence costs one row of logits.
-        parallel = settings.parallel or (1 if weights.has_recurrent_state else DEFAULT_PARALLEL)
+        usual = 1 if weights.has_recurrent_state else DEFAULT_PARALLEL
+        parallel = 1 if exact else settings.parallel or usual
         self._context = Context(weights, settings, parallel=parallel)
         self._name = name
         self._reasoning_budget = reasoning_budget
-        self._shares_prefixes = weights.has_exact_prefixes
+        self._shares_prefixes = weights.has_exact_prefixes and not exact
         self._constrainer = Constrainer(weights)
         source = weights.chat_template()
         self._template = (
@@ -176,7 +182,8 @@ class CompletionEngine:
 
     def render(self, request: CompletionRequest) -> tuple[str, int]:
         """Return the exact prompt and its length in tokens; runs nothing."""
-        text, tokens = self._prompt_of(request)
+        with self._weights.in_use():
+            text, tokens = self._prompt_of(request)
         return text, len(tokens)
 
     def submit(self, request: Request) -> Stream:
@@ -191,6 +198,10 @@ class CompletionEngine:
             raise NotSupported("one request gives one answer here: submit it n times with different seeds.")
         if request.images:
             raise NotSupported(f"{self._name} is loaded without a vision projector: it cannot take images.")
+        with self._weights.in_use():
+            return self._start(request)
+
+    def _start(self, request: CompletionRequest) -> Stream:
         text, tokens = self._prompt_of(request)
         self._check_length(len(tokens))
         room = self.info.context_size - len(tokens)
@@ -505,7 +516,11 @@ class CompletionEngine:
                 token = sequence.generated[-1:]
                 yield sequence, 1, context.add(sequence.slot, token, sequence.position, output=True)
                 room -= 1
-        budget = min(room, max(MIN_CHUNK, int(self._prompt_rate * STEP_SECONDS) or context.n_ubatch))
+        # Alone, a prompt is cut the same way every time, so that a restarted notebook gives the same text.
+        chunk = context.n_ubatch
+        if len(active) > 1 and self._prompt_rate:
+            chunk = min(chunk, max(MIN_CHUNK, int(self._prompt_rate * STEP_SECONDS)))
+        budget = min(room, chunk)
         for sequence in sorted(active, key=lambda s: (not s.interactive, s.started)):
             if sequence.generating or budget <= 0:
                 continue

@@ -106,6 +106,10 @@ class PooledEngine:
 
     def submit(self, request: Request) -> Stream:
         """Start an embedding or reranking request. See :meth:`nbinfer.engines.protocol.Engine.submit`."""
+        with self._weights.in_use():
+            return self._start(request)
+
+    def _start(self, request: Request) -> Stream:
         if isinstance(request, RerankRequest) and self.info.mode == Mode.RERANKING:
             tokens = [self._pair(request.query, document) for document in request.documents]
         elif isinstance(request, EmbeddingRequest) and self.info.mode == Mode.EMBEDDING:
@@ -160,7 +164,8 @@ class PooledEngine:
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text as this model would see it."""
-        return len(self._weights.tokenize(text, special=False, add_special=True))
+        with self._weights.in_use():
+            return len(self._weights.tokenize(text, special=False, add_special=True))
 
     def load(self) -> EngineLoad:
         """Return what is running now."""

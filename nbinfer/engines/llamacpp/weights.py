@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nbinfer.contract.errors import ModelLoadError
+from nbinfer.contract.errors import EngineClosed, ModelLoadError
 from nbinfer.engines.llamacpp.library import LOG, library
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -65,6 +66,7 @@ class Weights:
             shares = (ctypes.c_float * lib.LLAMA_MAX_DEVICES)(*tensor_split)
             params.tensor_split = shares
         self._cancelled = threading.Event()
+        self._guard = threading.RLock()
 
         @lib.llama_progress_callback  # type: ignore[misc]
         def progress(fraction: float, _user_data: ctypes.c_void_p) -> bool:
@@ -98,6 +100,20 @@ class Weights:
             raise
         if not self.pointer:
             raise ModelLoadError(_load_failure(self.path, LOG.errors(since), gpu_layers))
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the weights from being freed meanwhile; for threads other than the engine's.
+
+        Raises
+        ------
+        EngineClosed
+            They have been freed.
+        """
+        with self._guard:
+            if not self.pointer:
+                raise EngineClosed(f"{self.path.stem} was unloaded; load it again with nb.load.")
+            yield
 
     # -- vocabulary -------------------------------------------------------------------------------------
 
@@ -142,6 +158,14 @@ class Weights:
     def is_end(self, token: int) -> bool:
         """Whether ``token`` ends the model's turn."""
         return token in self.end_tokens
+
+    def token_kind(self, token: int) -> tuple[bool, bool]:
+        """Whether a token is a control token, and whether it is one that the model's makers added."""
+        attributes = self._lib.llama_vocab_get_attr(self._vocab, token)
+        return (
+            bool(attributes & self._lib.LLAMA_TOKEN_ATTR_CONTROL),
+            bool(attributes & self._lib.LLAMA_TOKEN_ATTR_USER_DEFINED),
+        )
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:
@@ -219,9 +243,10 @@ class Weights:
 
     def close(self) -> None:
         """Free the weights; idempotent. No context of this model may be alive."""
-        if self.pointer:
-            self._lib.llama_model_free(self.pointer)
-            self.pointer = None
+        with self._guard:
+            if self.pointer:
+                self._lib.llama_model_free(self.pointer)
+                self.pointer = None
 
 
 def _load_failure(path: Path, errors: list[str], gpu_layers: int | None) -> str:

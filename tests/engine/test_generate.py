@@ -1,0 +1,399 @@
+"""The batch loop on the real demo model."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from support.demo_engine import open_demo
+from support.plain_llama import plain_llama
+
+from nbinfer.contract.errors import (
+    ContextOverflow,
+    EngineClosed,
+    ModelLoadError,
+    NbinferError,
+    NotSupported,
+    RequestError,
+    SchemaError,
+)
+from nbinfer.contract.modes import Mode
+from nbinfer.contract.requests import CompletionRequest, Constraint, EmbeddingRequest, Sampling
+from nbinfer.contract.results import Delta, Finished, PromptProgress, Result
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from support.demo_engine import Ask
+
+    from nbinfer.engines.llamacpp.generate import CompletionEngine
+
+pytestmark = pytest.mark.engine
+
+COUNTRIES = (
+    "Hungary France Italy Spain Germany Japan China Egypt Greece Poland Norway Peru Chile Cuba".split()
+)
+QUESTIONS = [
+    *(f"What is the capital of {c}?" for c in COUNTRIES),
+    *(f"Name the capital of {c}." for c in COUNTRIES),
+    *(f"What is {a} plus {b}?" for a, b in [(2, 3), (4, 4), (9, 1), (7, 5), (0, 6), (8, 8)]),
+    *(f"What is the opposite of {w}?" for w in "hot big fast up old open wet early".split()),
+    "Write Python code to plot a sine wave.",
+    "How do I read a CSV file in Python?",
+    "Tell me a story about a dog.",
+    "List three colors.",
+    "Count from 3 to 9.",
+    "Who are you?",
+    "Hello!",
+    "What color is snow?",
+    "What day comes after Monday?",
+    "Give me JSON with the capital of Peru.",
+]
+
+
+def test_events_are_progress_text_and_the_result(ask: Ask) -> None:
+    events = list(ask("What is the capital of France?"))
+    assert isinstance(events[0], PromptProgress)
+    assert isinstance(events[-1], Finished)
+    result = events[-1].result
+    assert isinstance(result, Result)
+    assert result.text == "The capital of France is Paris."
+    assert "".join(e.text for e in events if isinstance(e, Delta)) == result.text
+    assert result.finish_reason == "stop"
+    assert result.usage.prompt_tokens > 0
+    assert result.usage.completion_tokens == 11
+    assert result.prompt.endswith("<|im_start|>assistant\n")
+
+
+def test_greedy_text_equals_llama_cpp_pythons_own() -> None:
+    assert len(QUESTIONS) >= 50
+    from nbinfer.models.demo import demo_path
+
+    engine = open_demo()
+    try:
+        ours = [engine.submit(_request(q, n=60)).result().text for q in QUESTIONS]
+    finally:
+        engine.close()
+    with plain_llama(demo_path(), n_ctx=1024) as plain:
+        theirs = [
+            plain.create_chat_completion(
+                [{"role": "user", "content": q}],
+                temperature=0,
+                repeat_penalty=1.0,
+                max_tokens=60,
+            )["choices"][0]["message"]["content"]
+            for q in QUESTIONS
+        ]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("parallel", [1, 3, 16])
+def test_text_does_not_depend_on_what_runs_beside_it(parallel: int) -> None:
+    alone = open_demo(parallel=1)
+    together = open_demo(parallel=parallel)
+    try:
+        requests = [_request(q) for q in QUESTIONS]
+        expected = [alone.submit(r).result().text for r in requests]
+        streams = [together.submit(r) for r in requests]
+        assert [s.result().text for s in streams] == expected
+    finally:
+        alone.close()
+        together.close()
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    engine = open_demo()
+    try:
+        system = "Answer with one word. " + "Be kind. " * 20
+        streams = [
+            engine.submit(
+                CompletionRequest(
+                    messages=({"role": "system", "content": system}, {"role": "user", "content": q}),
+                    priority="batch",
+                    max_tokens=8,
+                ),
+            )
+            for q in QUESTIONS[:20]
+        ]
+        results = [s.result() for s in streams]
+    finally:
+        engine.close()
+    shared = min(r.usage.cached_tokens for r in results[1:])
+    assert results[0].usage.cached_tokens == 0
+    assert shared > 80
+    assert engine.load().prompt_tokens < sum(r.usage.prompt_tokens for r in results) / 2
+
+
+def test_the_same_seed_gives_the_same_text_and_another_one_another() -> None:
+    engine = open_demo(exact=True)
+
+    def told(seed: int | None) -> Result:
+        sampling = Sampling(temperature=1.5, seed=seed, top_k=0, top_p=1, min_p=0)
+        messages = ({"role": "user", "content": "Tell me a story about a dog."},)
+        result = engine.submit(CompletionRequest(messages=messages, sampling=sampling)).result()
+        assert isinstance(result, Result)
+        return result
+
+    try:
+        assert told(1).text == told(1).text
+        assert len({told(s).text for s in range(5)}) > 1
+        drawn = told(None)
+        assert told(drawn.params["seed"]).text == drawn.text
+    finally:
+        engine.close()
+
+
+def test_stop_strings_end_the_answer(ask: Ask) -> None:
+    result = ask("What is the capital of France?", stop=("France",)).result()
+    assert (result.text, result.finish_reason) == ("The capital of ", "stop")
+
+
+def test_max_tokens_cuts_and_says_so(ask: Ask) -> None:
+    result = ask("Tell me a story about a dog.", max_tokens=5).result()
+    assert (result.usage.completion_tokens, result.finish_reason) == (5, "length")
+
+
+def test_a_full_context_ends_the_answer_with_length() -> None:
+    engine = open_demo(context_size=256)
+    try:
+        tail = CompletionRequest(prompt="one two three " * 40)
+        result = engine.submit(tail).result()
+        used = result.usage.prompt_tokens + result.usage.completion_tokens
+        assert used <= engine.info.context_size
+        if result.finish_reason == "length":
+            assert used == engine.info.context_size
+    finally:
+        engine.close()
+
+
+def test_a_prompt_too_long_names_the_numbers_and_decodes_nothing(ask: Ask, engine: CompletionEngine) -> None:
+    before = engine.load().prompt_tokens
+    with pytest.raises(ContextOverflow) as caught:
+        ask("word " * 3000)
+    assert caught.value.context_size == 1024
+    assert caught.value.prompt_tokens > 3000
+    assert f"{caught.value.prompt_tokens:,}" in str(caught.value)
+    assert engine.load().prompt_tokens == before
+
+
+def test_cancel_keeps_what_there_is_and_the_engine_goes_on(ask: Ask) -> None:
+    stream = ask("Tell me a story about a dog.")
+    for event in stream:
+        if isinstance(event, Delta):
+            stream.cancel()
+            break
+    result = stream.result(timeout=5)
+    assert result.finish_reason == "interrupted"
+    assert "Once there was".startswith(result.text[:4])
+    assert ask("What is 2 plus 3?").result().text == "2 plus 3 is 5."
+
+
+def test_cancel_reaches_into_a_long_prompt(tmp_path: Path) -> None:
+    engine = open_demo(batch_size=1024)
+    try:
+        stream = engine.submit(CompletionRequest(prompt="a b c d " * 120))
+        stream.cancel()
+        assert stream.result(timeout=5).finish_reason == "interrupted"
+        assert engine.submit(CompletionRequest(prompt="Hello", max_tokens=3)).result(timeout=5)
+    finally:
+        engine.close()
+
+
+def test_a_cell_typed_during_a_batch_is_served_before_the_batch_ends(engine: CompletionEngine) -> None:
+    def story(priority: str, text: str, n: int) -> Any:
+        return engine.submit(
+            CompletionRequest(
+                messages=({"role": "user", "content": text},),
+                priority=priority,  # type: ignore[arg-type]
+                max_tokens=n,
+            ),
+        )
+
+    rows = [story("batch", f"Tell me a story about a {a}.", 60) for a in ("dog", "cat", "cow", "pig") * 15]
+    cell = story("interactive", "What is 2 plus 3?", 20)
+    assert cell.result(timeout=30).text == "2 plus 3 is 5."
+    assert sum(r.done for r in rows) < len(rows)
+    assert all(r.result(timeout=60).text for r in rows)
+
+
+def test_choices_json_and_regex_are_obeyed(ask: Ask) -> None:
+    def constrained(kind: Any, value: Any, prompt: str) -> str:
+        return str(ask(prompt, constraint=Constraint(kind, value), max_tokens=60).result().text)
+
+    assert constrained("choices", ("4", "5", "6"), "What is 2 plus 3?") in ("4", "5", "6")
+    schema = {
+        "type": "object",
+        "properties": {"country": {"type": "string"}, "capital": {"enum": ["Paris", "Rome"]}},
+        "required": ["country", "capital"],
+        "additionalProperties": False,
+    }
+    import json
+
+    answer = json.loads(constrained("json_schema", schema, "What is the capital of France? Answer in JSON."))
+    assert answer["capital"] in ("Paris", "Rome")
+    assert constrained("regex", "[0-9]{2}", "What is 2 plus 3?").isdigit()
+    assert constrained("grammar", 'root ::= "yes" | "no"', "Hello!") in ("yes", "no")
+    assert constrained("grammar", 'start: "a" "b"', "Hello!") == "ab"
+
+
+def test_a_constrained_answer_that_is_cut_is_an_error_with_the_raw_text(ask: Ask) -> None:
+    stream = ask("Hello!", constraint=Constraint("regex", "[a-z]{50}"), max_tokens=3)
+    with pytest.raises(SchemaError, match="max_tokens") as caught:
+        stream.result()
+    assert caught.value.raw
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        Constraint("regex", "[unclosed"),
+        Constraint("json_schema", {"type": "no-such-type"}),
+        Constraint("grammar", "start: undefined_rule"),
+    ],
+)
+def test_a_bad_constraint_is_refused_before_anything_runs(ask: Ask, constraint: Constraint) -> None:
+    with pytest.raises(RequestError):
+        ask("Hello!", constraint=constraint)
+
+
+def test_logprobs_are_log_probabilities(ask: Ask) -> None:
+    result = ask("What is the capital of France?", logprobs=3).result()
+    assert len(result.logprobs) == result.usage.completion_tokens
+    for entry in result.logprobs:
+        assert entry.logprob <= 0
+        assert len(entry.top) == 3
+        assert entry.top[0][1] == pytest.approx(entry.logprob, abs=1e-6)  # greedy: the chosen one is the top
+        assert sum(np.exp(lp) for _, lp in entry.top) <= 1 + 1e-6
+    assert "".join(e.token for e in result.logprobs) == result.text
+
+
+def test_logit_bias_forbids_and_forces(ask: Ask, engine: CompletionEngine) -> None:
+    token = int(engine._weights.tokenize(" Paris", special=False, add_special=False)[0])
+    banned = ask("What is the capital of France?", sampling=Sampling(logit_bias={token: -100})).result()
+    assert " P" not in banned.text
+    with pytest.raises(RequestError, match="vocabulary"):
+        ask("Hello!", sampling=Sampling(logit_bias={999_999: 1}))
+
+
+def test_reasoning_is_apart_from_the_answer(ask: Ask) -> None:
+    result = ask("What is 2 plus 3?", system="Think before you answer.").result()
+    assert result.text == "2 plus 3 is 5."
+    assert result.reasoning is not None
+    assert "5" in result.reasoning
+
+
+def test_raw_prompts_skip_the_template(engine: CompletionEngine) -> None:
+    prompt = "<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n"
+    request = CompletionRequest(prompt=prompt, max_tokens=20)
+    result = engine.submit(request).result()
+    assert result.text == "Hello! How can I help you?"
+    assert engine.render(request) == (request.prompt, result.usage.prompt_tokens)
+
+
+def test_wrong_kinds_of_request_are_refused(engine: CompletionEngine, ask: Ask) -> None:
+    with pytest.raises(NotSupported, match="completion"):
+        engine.submit(EmbeddingRequest(texts=["x"]))
+    with pytest.raises(NotSupported, match="image"):
+        ask("Hello!", images=(b"x",))
+
+
+def test_closing_fails_what_runs_and_what_comes_later() -> None:
+    engine = open_demo()
+    streams = [engine.submit(CompletionRequest(prompt="a b c " * 50)) for _ in range(20)]
+    engine.close()
+    engine.close()
+    outcomes = []
+    for stream in streams:
+        try:
+            outcomes.append(stream.result(timeout=5))
+        except EngineClosed as e:
+            outcomes.append(e)
+    assert any(isinstance(o, EngineClosed) for o in outcomes)
+    with pytest.raises(EngineClosed):
+        engine.submit(CompletionRequest(prompt="x"))
+
+
+def test_no_thread_is_left_after_close() -> None:
+    before = threading.active_count()
+    open_demo().close()
+    assert threading.active_count() == before
+
+
+def test_a_file_that_is_no_model_is_refused_with_a_reason(tmp_path: Path) -> None:
+    from nbinfer.engines.llamacpp import open_engine
+
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF" + b"\0" * 100)
+    with pytest.raises(ModelLoadError) as caught:
+        open_engine(bad, mode=Mode.COMPLETION)
+    assert "bad.gguf" in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 5
+
+
+def test_many_mixed_requests_with_cancels_leave_nothing_behind() -> None:
+    rng = random.Random(7)
+    quiet = open_demo(parallel=1)
+    noisy = open_demo(parallel=6)
+    try:
+        expected = {q: quiet.submit(_request(q)).result().text for q in QUESTIONS[:30]}
+        streams: list[tuple[str, bool, Any]] = []
+        for _ in range(250):
+            question = rng.choice(QUESTIONS[:30])
+            priority = rng.choice(["interactive", "batch"])
+            stream = noisy.submit(_request(question, priority))
+            cancel = rng.random() < 0.3
+            if cancel:
+                if rng.random() < 0.5:
+                    time.sleep(rng.random() * 0.003)
+                stream.cancel()
+            streams.append((question, cancel, stream))
+        for question, cancelled, stream in streams:
+            result = stream.result(timeout=60)
+            if not cancelled:
+                assert result.text == expected[question]
+            else:
+                assert expected[question].startswith(result.text)
+        deadline = time.monotonic() + 5
+        while noisy.load().running and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (noisy.load().running, noisy.load().waiting) == (0, 0)
+        for slot in noisy._slots:
+            assert slot.sequence is None
+    finally:
+        quiet.close()
+        noisy.close()
+
+
+def _request(question: str, priority: Any = "interactive", n: int = 40) -> CompletionRequest:
+    messages = ({"role": "user", "content": question},)
+    return CompletionRequest(messages=messages, priority=priority, max_tokens=n)
+
+
+def test_more_text_than_the_context_holds_is_served_by_taking_turns() -> None:
+    engine = open_demo(context_size=256, parallel=8)
+    alone = open_demo(context_size=256, parallel=1)
+    try:
+        # Answers with one right continuation: a story has near ties, which a preempted row may tip.
+        things = [
+            "plot a sine wave",
+            "read a CSV file",
+            "reverse a string",
+            "sort a list",
+            "write a for loop",
+        ]
+        requests = [_request(f"Write Python code to {thing}.", "batch", 80) for thing in things * 2]
+        expected = [alone.submit(r).result().text for r in requests]
+        streams = [engine.submit(r) for r in requests]
+        assert [s.result(timeout=60).text for s in streams] == expected
+    finally:
+        engine.close()
+        alone.close()
+
+
+def test_errors_in_a_template_reach_the_caller(ask: Ask, engine: CompletionEngine) -> None:
+    with pytest.raises(NbinferError):
+        engine.submit(CompletionRequest(messages=({"role": "nobody", "content": "x"},)))
