@@ -1,0 +1,111 @@
+"""Embeddings on the real demo embedding model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from nbinfer.contract.errors import ContextOverflow, EngineClosed, NotSupported, RequestError
+from nbinfer.contract.modes import Mode
+from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest, RerankRequest
+from nbinfer.engines.llamacpp import open_engine
+from nbinfer.engines.llamacpp.pooled import PooledEngine
+from nbinfer.models.demo import demo_embed_path, demo_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+pytestmark = pytest.mark.engine
+
+TEXTS = ["a cat", "A kitten sleeps.", "The stock market fell today.", "shares dropped", "x", "a " * 200]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[PooledEngine]:
+    engine = open_engine(demo_embed_path(), mode=Mode.EMBEDDING, name="demo-embed", threads=1)
+    assert isinstance(engine, PooledEngine)
+    yield engine
+    engine.close()
+
+
+def embed(engine: PooledEngine, texts: list[str], **options: object) -> NDArray[np.float32]:
+    vectors: NDArray[np.float32] = engine.submit(EmbeddingRequest(texts=texts, **options)).result(60).vectors  # type: ignore[arg-type]
+    return vectors
+
+
+def test_vectors_are_unit_float32_of_the_models_size(engine: PooledEngine) -> None:
+    vectors = embed(engine, TEXTS)
+    assert (vectors.shape, vectors.dtype) == ((len(TEXTS), 384), np.float32)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert engine.info.dimensions == 384
+
+
+def test_nearest_neighbours_mean_the_same(engine: PooledEngine) -> None:
+    vectors = embed(engine, TEXTS[:4])
+    similarity = vectors @ vectors.T
+    np.fill_diagonal(similarity, -1)
+    assert similarity.argmax(axis=1).tolist() == [1, 0, 3, 2]
+
+
+def test_a_text_has_the_same_vector_alone_and_in_a_pack(engine: PooledEngine) -> None:
+    together = embed(engine, TEXTS * 7)
+    alone = np.concatenate([embed(engine, [t]) for t in TEXTS])
+    cosine = (together.reshape(7, len(TEXTS), -1) * alone).sum(axis=-1)
+    assert cosine.min() > 0.9999
+
+
+def test_order_is_the_callers_order(engine: PooledEngine) -> None:
+    assert np.allclose(embed(engine, TEXTS)[::-1], embed(engine, TEXTS[::-1]), atol=1e-3)
+
+
+def test_no_texts_give_no_vectors(engine: PooledEngine) -> None:
+    assert embed(engine, []).shape == (0, 384)
+
+
+def test_dims_cut_and_normalise_again(engine: PooledEngine) -> None:
+    full, cut = embed(engine, TEXTS[:2]), embed(engine, TEXTS[:2], dims=64)
+    assert cut.shape == (2, 64)
+    assert np.allclose(cut, full[:, :64] / np.linalg.norm(full[:, :64], axis=1, keepdims=True), atol=1e-5)
+    with pytest.raises(RequestError, match="384"):
+        embed(engine, ["x"], dims=1000)
+
+
+def test_raw_vectors_are_not_normalised(engine: PooledEngine) -> None:
+    raw = embed(engine, ["a cat"], normalize=False)
+    assert not np.allclose(np.linalg.norm(raw), 1, atol=1e-2)
+
+
+def test_a_text_too_long_is_an_error_with_numbers_never_a_cut(engine: PooledEngine) -> None:
+    with pytest.raises(ContextOverflow, match="text 1") as caught:
+        embed(engine, ["fine", "word " * 600])
+    assert caught.value.context_size == 512
+    assert caught.value.prompt_tokens > 600
+
+
+def test_special_tokens_in_a_text_are_only_text(engine: PooledEngine) -> None:
+    assert engine.count_tokens("[SEP]") > 3
+
+
+def test_other_kinds_of_request_are_refused(engine: PooledEngine) -> None:
+    for request in (RerankRequest(query="q", documents=["d"]), CompletionRequest(prompt="x")):
+        with pytest.raises(NotSupported, match="embedding"):
+            engine.submit(request)
+
+
+def test_a_chat_model_is_not_taken_for_an_embedding_model() -> None:
+    with pytest.raises(NotSupported, match="mode='completion'"):
+        open_engine(demo_path(), mode=Mode.EMBEDDING, threads=1)
+
+
+def test_closing_ends_what_waits() -> None:
+    engine = open_engine(demo_embed_path(), mode=Mode.EMBEDDING, threads=1)
+    streams = [engine.submit(EmbeddingRequest(texts=["some words to embed"] * 50)) for _ in range(5)]
+    engine.close()
+    with pytest.raises(EngineClosed):
+        streams[-1].result(5)
+    with pytest.raises(EngineClosed):
+        engine.submit(EmbeddingRequest(texts=["x"]))
