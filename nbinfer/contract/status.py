@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -37,14 +37,10 @@ class BackendStatus:
         One of the four words.
     detail
         What a person should know, ``llama.cpp 0.3.36 (CPU)``; may be empty.
-    hint
-        The command or the step that would better things. It is shown beside the status and is not part of
-        its text, so :meth:`parse` cannot bring it back and ``==`` does not look at it.
     """
 
     word: StatusWord
     detail: str = ""
-    hint: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"{self.word.value}: {self.detail}" if self.detail else self.word.value

@@ -1,0 +1,309 @@
+"""The llama.cpp backend: GGUF models, through the llama-cpp-python bindings.
+
+Whether it is usable is found out without importing it: from the distribution's metadata, from the names of
+the libraries beside it, and from a child process that loads them once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbinfer.backends.disk import disk_usage
+from nbinfer.contract import status as words
+from nbinfer.contract.errors import BackendUnavailable, ConfigError, NotSupported
+from nbinfer.contract.modes import Mode
+from nbinfer.contract.status import BackendStatus, StatusWord
+
+if TYPE_CHECKING:
+    from nbinfer.contract.config import ModelConfig
+    from nbinfer.engines.protocol import Engine
+
+DISTRIBUTION = "llama-cpp-python"
+# The bindings change with llama.cpp's C interface; the engine is written against these.
+OLDEST = (0, 3, 36)
+TOO_NEW = (0, 4, 0)
+_REQUIREMENT = f"{DISTRIBUTION}>=0.3.36,<0.4"
+
+# What a ggml library's file name says about the build, in the order in which it is shown.
+_BUILDS = {
+    "cuda": "CUDA",
+    "hip": "ROCm",
+    "metal": "Metal",
+    "vulkan": "Vulkan",
+    "sycl": "SYCL",
+    "opencl": "OpenCL",
+    "musa": "MUSA",
+    "cann": "CANN",
+}
+_NVIDIA_TRACES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
+_PROBE_SECONDS = 30
+_PROBE = """
+import ctypes, os, sys
+folder, library = os.path.split(sys.argv[1])
+if sys.platform == "win32":
+    os.add_dll_directory(folder)
+    for name, parts in (("CUDA_PATH", ("bin", "lib")), ("HIP_PATH", ("bin", "lib"))):
+        for part in parts if name in os.environ else ():
+            if os.path.isdir(os.path.join(os.environ[name], part)):
+                os.add_dll_directory(os.path.join(os.environ[name], part))
+try:
+    ctypes.CDLL(sys.argv[1])
+except OSError as error:
+    sys.exit(str(error))
+"""
+
+
+class LlamaCppBackend:
+    """llama.cpp through llama-cpp-python."""
+
+    name = "llamacpp"
+    formats = ("gguf",)
+    allowed_flags: frozenset[str] = frozenset()
+    uses_external_model_management = False
+    uses_tcp = False
+
+    def status(self) -> BackendStatus:
+        """Look at the package's metadata and files; load its library in a child process, once."""
+        return self._look()[0]
+
+    def advice(self) -> str:
+        """Return the command that installs it, or that brings a build for this machine's GPU."""
+        return self._look()[1]
+
+    def _look(self) -> tuple[BackendStatus, str]:
+        package = _package()
+        version = _version()
+        if package is None:
+            if version is None:
+                return BackendStatus(StatusWord.NOT_INSTALLED, words.PACKAGE_NOT_INSTALLED), install_line()
+            return BackendStatus(StatusWord.ERROR, words.IMPORT_FAILED), install_line(again=True)
+        numbers = _numbers(version)
+        if numbers is not None and not OLDEST <= numbers < TOO_NEW:
+            detail = f"{DISTRIBUTION} {version} is too {'old' if numbers < OLDEST else 'new'}"
+            return BackendStatus(StatusWord.ERROR, detail), install_line(again=True)
+        folder = _library_folder(package)
+        library = _library(folder)
+        if library is None:
+            return BackendStatus(StatusWord.ERROR, words.BINARY_NOT_FOUND), install_line(again=True)
+        problem = _load_problem(library)
+        if problem:
+            return BackendStatus(
+                StatusWord.ERROR, words.IMPORT_FAILED
+            ), f"{problem}\n{install_line(again=True)}"
+        builds = _builds(folder)
+        detail = f"llama.cpp {version}" if version else f"llama.cpp, {words.VERSION_UNKNOWN}"
+        found = BackendStatus(StatusWord.RUNNING, f"{detail} ({', '.join(builds)})")
+        gpu = _gpu()
+        faster = gpu is not None and builds == ["CPU"]
+        return found, install_line(again=True) if faster else ""
+
+    def install(self) -> None:
+        """Do nothing when it is usable; else say how to install it.
+
+        Raises
+        ------
+        BackendUnavailable
+            With the exact command.
+        """
+        found, advice = self._look()
+        if not found.usable:
+            raise BackendUnavailable(f"{self.name}: {found}\n{advice}")
+
+    def open(
+        self, path: Path, *, mode: Mode, name: str = "", config: ModelConfig | None = None, **options: Any
+    ) -> Engine:
+        """Load a GGUF file into this process; the options are those of the engine.
+
+        Raises
+        ------
+        BackendUnavailable
+            llama.cpp is not usable here; the message is the exact install line.
+        NotSupported
+            The mode or a setting is not one that this engine has in the kernel.
+        ConfigError
+            There is no such option.
+        ModelLoadError
+            The file cannot be loaded.
+        """
+        if mode is Mode.IMAGE_GENERATION:
+            raise NotSupported(
+                "llamacpp does not generate images; it serves completion, embedding and reranking."
+            )
+        self.install()
+        from nbinfer.engines.llamacpp import open_engine
+
+        options = {**_options(config), **options}
+        known = [
+            key
+            for key, kind in inspect.signature(open_engine).parameters.items()
+            if kind.kind is kind.KEYWORD_ONLY
+        ]
+        for option in options:
+            if option not in known:
+                raise ConfigError(_unknown(option, known))
+        return open_engine(path, mode=mode, name=name, **options)
+
+    def run(self, socket: str, model: Path, model_ref: str, mode: Mode, config: ModelConfig) -> None:
+        """Serve one model at a socket.
+
+        Raises
+        ------
+        NotSupported
+            Always: this release runs llama.cpp inside the kernel only.
+        """
+        del socket, model, mode, config
+        raise NotSupported(
+            f"{model_ref}: this release runs llama.cpp inside the kernel only, not as a server."
+        )
+
+    def disk_usage(self) -> int:
+        """Bytes of the installed package, its libraries included; 0 when it is not installed."""
+        package = _package()
+        return 0 if package is None else disk_usage([package, _library_folder(package)])
+
+
+def install_line(*, again: bool = False) -> str:
+    """Return the command that installs llama.cpp with the build that suits this machine.
+
+    Parameters
+    ----------
+    again
+        A package is there already and must be replaced.
+    """
+    # --no-deps --no-cache-dir: the same version is built anew, and nothing else is touched.
+    what = (
+        f"--force-reinstall --no-deps --no-cache-dir {_quote(_REQUIREMENT)}"
+        if again
+        else _quote("nbinfer[llamacpp]")
+    )
+    gpu = _gpu()
+    if gpu is None:
+        return f"pip install {what}"
+    option = f"-DGGML_{gpu.upper()}=on"
+    needs = "Xcode's command line tools" if gpu == "Metal" else "a C++ compiler and the CUDA toolkit"
+    setting = f'$env:CMAKE_ARGS="{option}";' if sys.platform == "win32" else f'CMAKE_ARGS="{option}"'
+    return f"{setting} pip install {what}  # builds llama.cpp: needs {needs}"
+
+
+def _quote(text: str) -> str:
+    return f'"{text}"' if sys.platform == "win32" else f"'{text}'"
+
+
+def _gpu() -> str | None:
+    """Return which kind of GPU this machine has, from traces that the driver leaves; None: none was seen."""
+    if sys.platform == "darwin":
+        return "Metal" if os.uname().machine == "arm64" else None
+    if sys.platform == "win32":
+        system = Path(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32")
+        return "CUDA" if (system / "nvcuda.dll").exists() else None
+    return "CUDA" if any(Path(trace).exists() for trace in _NVIDIA_TRACES) else None
+
+
+def _package() -> Path | None:
+    for attempt in range(2):
+        try:
+            spec = importlib.util.find_spec("llama_cpp")
+        except ValueError:  # something in sys.modules that was not imported
+            return None
+        if spec is not None and spec.submodule_search_locations:
+            return Path(next(iter(spec.submodule_search_locations)))
+        if attempt == 0:
+            # A package installed a moment ago, from a notebook cell, is not in the finders' caches yet.
+            importlib.invalidate_caches()
+    return None
+
+
+def _version() -> str | None:
+    try:
+        # None where the metadata is broken.
+        return metadata.version(DISTRIBUTION) or None
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str | None) -> tuple[int, int, int] | None:
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version or "")
+    return (int(found[1]), int(found[2]), int(found[3])) if found else None
+
+
+def _library_folder(package: Path) -> Path:
+    # The same variable that the bindings obey.
+    return Path(os.environ.get("LLAMA_CPP_LIB_PATH") or package / "lib")
+
+
+def _library(folder: Path) -> Path | None:
+    names = {"win32": ("llama.dll", "libllama.dll"), "darwin": ("libllama.dylib", "libllama.so")}
+    for name in names.get(sys.platform, ("libllama.so",)):
+        if (folder / name).exists():
+            return folder / name
+    return None
+
+
+def _builds(folder: Path) -> list[str]:
+    names = [file.name.lower() for file in folder.iterdir() if "ggml-" in file.name.lower()]
+    found = [label for key, label in _BUILDS.items() if any(f"ggml-{key}" in name for name in names)]
+    return found or ["CPU"]
+
+
+def _load_problem(library: Path) -> str:
+    """Return why the library does not load; empty when it does."""
+    if "llama_cpp.llama_cpp" in sys.modules or not sys.executable:
+        return ""
+    found = library.stat()
+    return _probe(library, found.st_mtime_ns, found.st_size)
+
+
+@cache
+def _probe(library: Path, mtime: int, size: int) -> str:
+    del mtime, size  # another file under the same name is probed again
+    # Isolated and without site: nothing but the library is loaded, which takes about 30 ms.
+    command = [sys.executable, "-I", "-S", "-c", _PROBE, str(library)]
+    try:
+        done = subprocess.run(  # noqa: S603 - our own interpreter and program
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_PROBE_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)[:300]
+    if done.returncode == 0:
+        return ""
+    lines = done.stderr.strip().splitlines()
+    return lines[-1][:300] if lines else f"loading the library ended with exit code {done.returncode}"
+
+
+def _options(config: ModelConfig | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    if config.runtime_flags:
+        raise ConfigError(
+            "runtime-flags are for a server's command line; a model in the kernel takes options by name, "
+            "as in load(…, threads=4).",
+        )
+    if config.speculative is not None and config.speculative.draft_model:
+        raise NotSupported("speculative decoding is not there yet for llamacpp; load the model without it.")
+    budget = None if config.llamacpp is None else config.llamacpp.reasoning_budget
+    asked = {"context_size": config.context_size, "reasoning_budget": budget}
+    return {key: value for key, value in asked.items() if value is not None}
+
+
+def _unknown(option: str, known: list[str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(option, known, n=1)
+    advice = f" Did you mean {near[0]}?" if near else ""
+    shown = ", ".join(key for key in known if key not in ("mode", "name", "digest", "on_progress"))
+    return f"llamacpp has no option {option!r}.{advice}\nOptions: {shown}."
