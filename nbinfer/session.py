@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -337,6 +338,7 @@ class Model:
     config: Mapping[str, Any] = field(default_factory=dict)
     """What was asked for; ``info.effective`` is what the engine uses."""
     path: Path | None = None
+    paths: tuple[Path, ...] = ()
     memory: Any = None
     """The estimate made before the load, or None."""
     loaded_at: float = field(default_factory=time.time)
@@ -346,6 +348,13 @@ class Model:
     def info(self) -> EngineInfo:
         """What the engine really uses."""
         return self.engine.info
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the weights, for keys and records; a large file is read once (about 1 s per GB)."""
+        from nbinfer.models import weights_digest
+
+        return weights_digest(self.paths) if self.paths else self.info.digest
 
     def __repr__(self) -> str:
         size = f"context {self.info.context_size:,}"
@@ -591,7 +600,7 @@ def load(
     stay = None if keep_alive is None else KeepAlive.parse(keep_alive)
     resolved = models.resolve(str(ref), aliases=session.aliases)
     asked_mode = None if mode is None else Mode(mode)
-    actual_mode = asked_mode or resolved.mode
+    actual_mode = asked_mode or _natural_mode(resolved)
     options = {
         "context_size": context_size,
         "gpu_layers": gpu_layers,
@@ -618,7 +627,6 @@ def load(
         mode=actual_mode,
         name=name,
         on_progress=progress,
-        digest=resolved.digest,
         **asked,
     )
     model = Model(
@@ -630,6 +638,7 @@ def load(
         mode=actual_mode,
         config=asked,
         path=resolved.path,
+        paths=resolved.paths,
         memory=estimate,
         load_seconds=time.perf_counter() - began,
     )
@@ -639,6 +648,14 @@ def load(
             target=_unload_when_idle, args=(model, stay.seconds), name="nbinfer-idle", daemon=True
         ).start()
     return model
+
+
+def _natural_mode(resolved: Any) -> Mode:
+    """What the file says it is made for."""
+    if resolved.format != "gguf":
+        return Mode.COMPLETION
+    modes = resolved.header.modes
+    return Mode(modes[0]) if modes else Mode.COMPLETION
 
 
 def _unload_when_idle(model: Model, seconds: float) -> None:
