@@ -178,7 +178,7 @@ def statuses() -> list[tuple[str, BackendStatus, str]]:
 
 def _status(backend: Backend) -> BackendStatus:
     try:
-        found = backend.status()
+        found: object = backend.status()
     except Exception as error:  # noqa: BLE001 - one broken adapter must not hide the others
         return BackendStatus(StatusWord.ERROR, _one_line(error))
     # An adapter of another distribution may well answer in text.
@@ -229,7 +229,8 @@ def _make(name: str, load: Callable[[], Any], owner: str) -> Backend:
         return BrokenBackend(
             name, "bad name", f"{owner}: registered as {name}, it calls itself {backend.name!r:.60}."
         )
-    return backend
+    checked: Backend = backend
+    return checked
 
 
 def _one_line(error: BaseException) -> str:

@@ -51,7 +51,7 @@ def test_only_memory_can_be_added_to_memory() -> None:
 def test_a_need_fits_only_when_it_fits_on_every_device(
     need: RequiredMemory,
     free: RequiredMemory,
-    fits: bool,  # noqa: FBT001
+    fits: bool,
 ) -> None:
     assert need.fits(free) is fits
 

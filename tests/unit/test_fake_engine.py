@@ -81,7 +81,7 @@ def test_logprobs_have_the_alternatives_that_were_asked_for() -> None:
 
 
 @pytest.mark.parametrize("raising", [False, True], ids=["given", "raised"])
-def test_a_scripted_error_reaches_the_reader(raising: bool) -> None:  # noqa: FBT001
+def test_a_scripted_error_reaches_the_reader(raising: bool) -> None:
     def script(_: CompletionRequest) -> list[Step]:
         if raising:
             raise EngineError("boom")
