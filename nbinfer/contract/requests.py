@@ -254,6 +254,36 @@ class EmbeddingRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest:
+    """Ask how likely each of several answers is, without generating any.
+
+    ``messages`` or ``prompt`` are as in :class:`CompletionRequest`; ``answers`` are whole ones, such as labels.
+    """
+
+    answers: tuple[str, ...]
+    messages: tuple[Message, ...] | None = None
+    prompt: str | tuple[int, ...] | None = None
+    think: bool | None = None
+    priority: Literal["interactive", "batch"] = "interactive"
+
+    def __post_init__(self) -> None:
+        _texts("answers", self.answers)
+        if not self.answers or not all(self.answers):
+            raise RequestError("answers needs at least one text, and none that is empty.")
+        self.question()
+        _priority(self.priority)
+
+    def question(self) -> CompletionRequest:
+        """The same prompt as a completion."""
+        return CompletionRequest(
+            messages=self.messages,
+            prompt=self.prompt,
+            think=self.think,
+            priority=self.priority,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RerankRequest:
     """Ask how well each document answers the query; higher is better, on the model's own scale."""
 
@@ -267,4 +297,4 @@ class RerankRequest:
         _priority(self.priority)
 
 
-Request: TypeAlias = CompletionRequest | EmbeddingRequest | RerankRequest
+Request: TypeAlias = CompletionRequest | ScoreRequest | EmbeddingRequest | RerankRequest

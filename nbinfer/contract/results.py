@@ -168,6 +168,25 @@ class RerankResult:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoreResult:
+    """Natural-log probability of each answer followed by the end of the turn, float64 of shape (answers,)."""
+
+    logprobs: NDArray[np.float64]
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    model: str = ""
+    seconds: float = 0.0
+
+    def probabilities(self) -> NDArray[np.float64]:
+        """Shares of the answers among themselves, shape (answers,), summing to 1."""
+        import numpy as np
+
+        weights = np.exp(self.logprobs - self.logprobs.max())
+        shares: NDArray[np.float64] = weights / weights.sum()
+        return shares
+
+
 @dataclass(frozen=True, slots=True)
 class PromptProgress:
     """``done`` of ``total`` prompt tokens are in the context; ``cached`` of them came from a cache."""
@@ -191,7 +210,7 @@ class Delta:
 class Finished:
     """The last event of a stream."""
 
-    result: Result | EmbeddingResult | RerankResult
+    result: Result | ScoreResult | EmbeddingResult | RerankResult
 
 
 Event: TypeAlias = PromptProgress | Delta | Finished

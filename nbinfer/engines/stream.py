@@ -7,14 +7,14 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from nbinfer.contract.results import Delta, EmbeddingResult, Finished, RerankResult, Result
+from nbinfer.contract.results import Delta, EmbeddingResult, Finished, RerankResult, Result, ScoreResult
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
     from nbinfer.contract.results import Event
 
-AnyResult: TypeAlias = Result | EmbeddingResult | RerankResult
+AnyResult: TypeAlias = Result | ScoreResult | EmbeddingResult | RerankResult
 
 
 class Stream:

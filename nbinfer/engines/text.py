@@ -52,6 +52,11 @@ class TextAssembler:
         self._pending = ""
         self._after_reasoning = False
 
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether the model is thinking, not answering."""
+        return self._state == "reasoning"
+
     def push(self, data: bytes) -> Piece:
         """Add the bytes of a token."""
         return self._advance(self._decoder.decode(data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -15,6 +16,7 @@ from support.plain_llama import plain_llama
 from nbinfer.contract.errors import (
     ContextOverflow,
     EngineClosed,
+    EngineError,
     ModelLoadError,
     NbinferError,
     NotSupported,
@@ -22,7 +24,7 @@ from nbinfer.contract.errors import (
     SchemaError,
 )
 from nbinfer.contract.modes import Mode
-from nbinfer.contract.requests import CompletionRequest, Constraint, EmbeddingRequest, Sampling
+from nbinfer.contract.requests import CompletionRequest, Constraint, EmbeddingRequest, Sampling, ScoreRequest
 from nbinfer.contract.results import Delta, Finished, PromptProgress, Result
 
 if TYPE_CHECKING:
@@ -231,8 +233,6 @@ def test_choices_json_and_regex_are_obeyed(ask: Ask) -> None:
         "required": ["country", "capital"],
         "additionalProperties": False,
     }
-    import json
-
     answer = json.loads(constrained("json_schema", schema, "What is the capital of France? Answer in JSON."))
     assert answer["capital"] in ("Paris", "Rome")
     assert constrained("regex", "[0-9]{2}", "What is 2 plus 3?").isdigit()
@@ -284,6 +284,70 @@ def test_reasoning_is_apart_from_the_answer(ask: Ask) -> None:
     assert result.text == "2 plus 3 is 5."
     assert result.reasoning is not None
     assert "5" in result.reasoning
+
+
+@pytest.mark.parametrize("budget", [0, 3])
+def test_a_reasoning_budget_ends_the_thinking(ask: Ask, budget: int) -> None:
+    result = ask("What is 2 plus 3?", system="Think before you answer.", reasoning_budget=budget).result()
+    assert result.finish_reason == "stop"
+    assert result.text
+    assert len((result.reasoning or "").split()) <= budget + 1
+    free = ask("What is 2 plus 3?", system="Think before you answer.", reasoning_budget=-1).result()
+    assert len(free.reasoning.split()) > 5
+
+
+def test_tool_calls_come_back_in_openai_shape(ask: Ask) -> None:
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "The weather in a city",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}},
+                "required": ["city"],
+            },
+        },
+    }
+    result = ask("What is the weather in Paris?", tools=(tool,)).result()
+    (call,) = result.tool_calls
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == (
+        "get_weather",
+        {"city": "Paris"},
+    )
+    assert result.text == ""
+
+
+def test_scores_are_the_probabilities_of_generating_each_answer(engine: CompletionEngine, ask: Ask) -> None:
+    messages = ({"role": "user", "content": "What is the capital of France?"},)
+    said = ask("What is the capital of France?", logprobs=0).result()
+    answers = (said.text, "The capital of France is Rome.", "Paris", "x")
+    scored = engine.submit(ScoreRequest(answers=answers, messages=messages)).result(30)
+    generated = sum(entry.logprob for entry in said.logprobs)
+    assert scored.logprobs[0] == pytest.approx(generated, abs=0.05)  # the end of the turn is almost certain
+    assert scored.probabilities().argmax() == 0
+    assert scored.probabilities().sum() == pytest.approx(1)
+    assert (scored.logprobs <= 0).all()
+
+
+def test_a_label_is_chosen_without_generating(engine: CompletionEngine) -> None:
+    system = {"role": "system", "content": "Answer with one word."}
+    before = engine.load().tokens_generated
+    for country, capital in [("France", "Paris"), ("Italy", "Rome"), ("Japan", "Tokyo")]:
+        messages = (system, {"role": "user", "content": f"What is the capital of {country}?"})
+        request = ScoreRequest(answers=("Rome", "Paris", "Tokyo", "Oslo"), messages=messages)
+        scored = engine.submit(request).result(30)
+        assert request.answers[int(scored.logprobs.argmax())] == capital
+        assert scored.probabilities().max() > 0.9
+    assert engine.load().tokens_generated == before
+
+
+def test_a_scoring_can_be_cancelled(engine: CompletionEngine) -> None:
+    stream = engine.submit(ScoreRequest(answers=("a b c",) * 30, prompt="x y z " * 100))
+    stream.cancel()
+    with pytest.raises(EngineError, match="interrupted"):
+        stream.result(10)
+    assert engine.submit(CompletionRequest(prompt="Hello", max_tokens=2)).result(10)
 
 
 def test_raw_prompts_skip_the_template(engine: CompletionEngine) -> None:

@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,21 +34,31 @@ from nbinfer.contract.errors import (
     SchemaError,
 )
 from nbinfer.contract.modes import Mode
-from nbinfer.contract.results import Delta, Finished, PromptProgress, Result, Timings, TokenLogprob, Usage
+from nbinfer.contract.results import (
+    Delta,
+    Finished,
+    PromptProgress,
+    Result,
+    ScoreResult,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
 from nbinfer.engines.llamacpp.constrain import Constrainer
 from nbinfer.engines.llamacpp.context import ABORTED, NO_SPACE, Context, engine_version
 from nbinfer.engines.llamacpp.sampling import Sampler, logprob_of
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
 from nbinfer.engines.template import ChatTemplate
-from nbinfer.engines.text import THINK_OPEN, TextAssembler
+from nbinfer.engines.text import THINK_CLOSE, THINK_OPEN, TextAssembler
+from nbinfer.engines.toolcalls import parse_tool_calls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-    from nbinfer.contract.requests import CompletionRequest, Request
+    from nbinfer.contract.requests import CompletionRequest, Request, ScoreRequest
     from nbinfer.contract.results import FinishReason
     from nbinfer.engines.llamacpp.context import ContextSettings
     from nbinfer.engines.llamacpp.weights import Weights
@@ -63,8 +74,21 @@ BATCH_TURN = 3
 
 
 @dataclass(eq=False, slots=True)
+class Scores:
+    """The answers of one :class:`ScoreRequest`, each scored by a sequence of its own."""
+
+    logprobs: NDArray[np.float64]
+    left: int
+    cached: int = 0
+
+
+@dataclass(eq=False, slots=True)
 class Sequence:
-    """One request on its way through the engine."""
+    """One request on its way through the engine.
+
+    With ``scores`` it writes no text: it follows ``script``, the tokens of answer number ``answer_index``,
+    and adds up how likely each was.
+    """
 
     request: CompletionRequest
     stream: Stream
@@ -79,6 +103,10 @@ class Sequence:
     answer: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    scores: Scores | None = None
+    script: list[int] = field(default_factory=list)
+    answer_index: int = 0
+    thoughts: int = 0
     slot: int = -1
     position: int = 0
     cached: int = 0
@@ -187,9 +215,12 @@ class CompletionEngine:
         return text, len(tokens)
 
     def submit(self, request: Request) -> Stream:
-        """Start a completion. See :meth:`nbinfer.engines.protocol.Engine.submit`."""
-        from nbinfer.contract.requests import CompletionRequest
+        """Start a completion or a scoring. See :meth:`nbinfer.engines.protocol.Engine.submit`."""
+        from nbinfer.contract.requests import CompletionRequest, ScoreRequest
 
+        if isinstance(request, ScoreRequest):
+            with self._weights.in_use():
+                return self._start_scoring(request)
         if not isinstance(request, CompletionRequest):
             raise NotSupported(
                 f"{self._name} is loaded for completion: load it with another mode for that.",
@@ -208,6 +239,8 @@ class CompletionEngine:
         seed = secrets.randbits(32) if request.sampling.seed is None else request.sampling.seed
         matcher = self._constrainer.matcher(request.constraint) if request.constraint else None
         opened = request.messages is not None and text.rstrip().endswith(THINK_OPEN)
+        if opened and self._budget(request) == 0:
+            tokens, opened = np.concatenate([tokens, self._thought_end]), False
         sequence = Sequence(
             request=request,
             stream=Stream(),
@@ -223,12 +256,48 @@ class CompletionEngine:
             limit=min(room, request.max_tokens or room),
             submitted=time.perf_counter(),
         )
-        stream = sequence.stream = Stream(on_cancel=lambda: self._cancel(stream))
+        return self._enqueue([sequence])
+
+    def _start_scoring(self, request: ScoreRequest) -> Stream:
+        question = request.question()
+        text, tokens = self._prompt_of(question)
+        answers = [
+            self._weights.tokenize(a, special=False, add_special=False).tolist() for a in request.answers
+        ]
+        self._check_length(len(tokens) + max(len(a) for a in answers))
+        scores = Scores(np.zeros(len(answers)), len(answers))
+        sampler = Sampler(question.sampling, seed=0, n_vocab=self._weights.n_vocab)
+        now = time.perf_counter()
+        return self._enqueue(
+            [
+                Sequence(
+                    request=question,
+                    stream=Stream(),
+                    prompt=tokens,
+                    prompt_text=text,
+                    sampler=sampler,
+                    assembler=TextAssembler(),
+                    seed=0,
+                    limit=len(answer),
+                    submitted=now,
+                    scores=scores,
+                    script=answer,
+                    answer_index=i,
+                )
+                for i, answer in enumerate(answers)
+            ],
+        )
+
+    def _enqueue(self, sequences: list[Sequence]) -> Stream:
+        stream = Stream(on_cancel=lambda: self._cancel(stream))
         with self._wake:
             if self._closing:
-                sequence.sampler.close()
+                for sequence in sequences:
+                    sequence.sampler.close()
                 raise EngineClosed(f"{self._name} was unloaded; load it again with nb.load.")
-            self._inbox.append(sequence)
+            for sequence in sequences:
+                sequence.stream = stream
+                self._inbox.append(sequence)
             self._wake.notify()
         return stream
 
@@ -280,12 +349,22 @@ class CompletionEngine:
                 f"{self._name} has no chat template: it is a base model that continues text.\n"
                 "Send one prompt without a system message, or use raw=True.",
             )
-        variables = {} if request.think is None else {"enable_thinking": request.think}
+        think = False if request.think is None and self._budget(request) == 0 else request.think
+        variables = {} if think is None else {"enable_thinking": think}
         text = self._template.render(messages, tools=request.tools, **variables)
         # Many templates write the beginning token themselves; it must not come twice.
         bos = self._template.bos_token
         add = weights.adds_bos and not (bos and text.startswith(bos))
         return text, weights.tokenize(text, special=True, add_special=add)
+
+    def _budget(self, request: CompletionRequest) -> int | None:
+        """Tokens of reasoning allowed; None or -1 is no limit."""
+        return self._reasoning_budget if request.reasoning_budget is None else request.reasoning_budget
+
+    @cached_property
+    def _thought_end(self) -> NDArray[np.int32]:
+        """Tokens that end the reasoning."""
+        return self._weights.tokenize(f"\n{THINK_CLOSE}\n\n", special=True, add_special=False)
 
     def _check_length(self, n: int) -> None:
         size = self.info.context_size
@@ -389,7 +468,8 @@ class CompletionEngine:
         """Put a sequence into the best free slot; False when it should wait for a prefix being computed."""
         tokens = sequence.tokens(0, sequence.length)
         source, shared = self._longest_held(tokens)
-        if not sequence.interactive and self._computing_more(tokens, shared):
+        patient = sequence.scores is not None or not sequence.interactive
+        if patient and self._computing_more(tokens, shared):
             return False
         free = [s for s in self._slots if s.sequence is None]
         if (
@@ -550,6 +630,9 @@ class CompletionEngine:
             sequence.prompt_done = now
         try:
             logits = self._context.logits(index)
+            if sequence.scores is not None:
+                self._score(sequence, sequence.scores, logits)
+                return
             token = sequence.sampler.sample(logits)
             if sequence.request.logprobs is not None:
                 sequence.logprobs.append(
@@ -559,6 +642,21 @@ class CompletionEngine:
             self._finish(sequence, "error", e)
             return
         self._take(sequence, token)
+
+    def _score(self, sequence: Sequence, scores: Scores, logits: NDArray[np.float32]) -> None:
+        """Add the log-probability of the script's next token, or of the end after its last."""
+        done = len(sequence.generated)
+        values = logits.astype(np.float64)
+        peak = values.max()
+        total = peak + np.log(np.exp(values - peak).sum())
+        if done < len(sequence.script):
+            token = sequence.script[done]
+            scores.logprobs[sequence.answer_index] += values[token] - total
+            sequence.generated.append(token)
+            return
+        ends = values[sorted(self._weights.end_tokens)]
+        scores.logprobs[sequence.answer_index] += np.logaddexp.reduce(ends) - total
+        self._finish(sequence, "stop")
 
     def _token_text(self, token: int) -> str:
         return self._weights.render_piece(token, special=True).decode("utf-8", "replace")
@@ -582,6 +680,7 @@ class CompletionEngine:
             self._generated_tokens += 1
             piece = sequence.assembler.push(self._weights.piece(new))
             self._emit(sequence, piece.text, piece.reasoning)
+            tokens += self._end_of_thought(sequence)
             if piece.stopped:
                 self._finish(sequence, "stop")
                 return
@@ -591,6 +690,15 @@ class CompletionEngine:
                 return
         if matcher is not None and matcher.complete:
             self._finish(sequence, "stop")
+
+    def _end_of_thought(self, sequence: Sequence) -> list[int]:
+        """The tokens that end the reasoning when its budget has just been spent, else none."""
+        if not sequence.assembler.in_reasoning:
+            return []
+        sequence.thoughts += 1
+        budget = self._budget(sequence.request)
+        spent = budget is not None and budget >= 0 and sequence.thoughts == budget + 1
+        return self._thought_end.tolist() if spent else []
 
     def _emit(self, sequence: Sequence, text: str, reasoning: str) -> None:
         if reasoning:
@@ -616,6 +724,9 @@ class CompletionEngine:
                 self._empty(slot)
         matcher = sequence.sampler.matcher
         sequence.sampler.close()
+        if sequence.scores is not None:
+            self._finish_scoring(sequence, sequence.scores, reason, error)
+            return
         if error is None and matcher is not None and reason == "length" and not matcher.accepting:
             text = "".join(sequence.answer)
             error = SchemaError(
@@ -628,13 +739,37 @@ class CompletionEngine:
         else:
             sequence.stream.put(Finished(self._result(sequence, reason)))
 
+    def _finish_scoring(
+        self, sequence: Sequence, scores: Scores, reason: FinishReason, error: NbinferError | None
+    ) -> None:
+        scores.left -= 1
+        scores.cached = max(scores.cached, sequence.cached)
+        if error is None and reason == "interrupted":
+            error = EngineError("the scoring was interrupted.")
+        if error is not None:
+            sequence.stream.fail(error)
+        elif scores.left == 0:
+            result = ScoreResult(
+                logprobs=scores.logprobs,
+                prompt_tokens=len(sequence.prompt),
+                cached_tokens=scores.cached,
+                model=self._name,
+                seconds=time.perf_counter() - sequence.submitted,
+            )
+            sequence.stream.put(Finished(result))
+
     def _result(self, sequence: Sequence, reason: FinishReason) -> Result:
         request, n_prompt = sequence.request, len(sequence.prompt)
         started = sequence.started or sequence.submitted
         done = sequence.prompt_done or sequence.last_token or started
         last = sequence.last_token or done
+        text = "".join(sequence.answer)
+        calls: tuple[dict[str, Any], ...] = ()
+        if request.tools:
+            text, calls = parse_tool_calls(text, request.tools)
         return Result(
-            text="".join(sequence.answer),
+            text=text,
+            tool_calls=calls,
             reasoning="".join(sequence.reasoning).strip("\n") or None,
             finish_reason=reason,
             usage=Usage(
