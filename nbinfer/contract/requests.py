@@ -257,7 +257,7 @@ class EmbeddingRequest:
 class ScoreRequest:
     """Ask how likely each of several answers is, without generating any.
 
-    ``messages`` or ``prompt`` are as in :class:`CompletionRequest`; ``answers`` are whole ones, such as labels.
+    ``messages`` or ``prompt`` are as in :class:`CompletionRequest`; ``answers`` are labels and the like.
     """
 
     answers: tuple[str, ...]
