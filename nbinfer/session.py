@@ -542,6 +542,7 @@ def load(
     gpu_layers: int | None = None,
     kv_type: str | None = None,
     parallel: int | None = None,
+    speculative: Any = None,
     force: bool = False,
     progress: Any = None,
     **backend_options: Any,
@@ -569,6 +570,9 @@ def load(
         Type of the KV cache (``f16``, ``q8_0``, ``q4_0``…).
     parallel
         Sequences decoded at once.
+    speculative
+        Guess tokens ahead: ``{"draft_model": ref, "num_tokens": 4, "min_acceptance_rate": 0.5}``, each
+        optional; without a draft model, phrases of the prompt are guessed. The text stays what it is.
     force
         Load although the estimate says that it does not fit.
     progress
@@ -606,6 +610,7 @@ def load(
         "gpu_layers": gpu_layers,
         "kv_type": kv_type,
         "parallel": parallel,
+        "speculative": None if speculative is None else _speculative(speculative),
         **backend_options,
     }
     asked = {key: value for key, value in options.items() if value is not None}
@@ -648,6 +653,21 @@ def load(
             target=_unload_when_idle, args=(model, stay.seconds), name="nbinfer-idle", daemon=True
         ).start()
     return model
+
+
+def _speculative(asked: Any) -> Any:
+    """What the contract calls ``speculative``, with the draft model's file found."""
+    from nbinfer.contract.config import SpeculativeConfig
+    from nbinfer.engines.llamacpp import Speculative
+    from nbinfer.models import resolve
+
+    config = asked if isinstance(asked, SpeculativeConfig) else SpeculativeConfig(**dict(asked))
+    draft = None if config.draft_model is None else resolve(config.draft_model, aliases=session.aliases).path
+    return Speculative(
+        draft_path=draft,
+        num_tokens=config.num_tokens,
+        min_acceptance_rate=config.min_acceptance_rate,
+    )
 
 
 def _natural_mode(resolved: Any) -> Mode:

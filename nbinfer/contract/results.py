@@ -31,11 +31,17 @@ _FENCE = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Token counts. ``cached_tokens`` of the prompt were not computed again."""
+    """Token counts.
+
+    ``cached_tokens`` of the prompt were not computed again. Of ``drafted_tokens`` that speculative decoding
+    guessed, ``accepted_tokens`` were right.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +59,8 @@ class Timings:
     first_token_seconds: float | None = None
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    speculative_speedup: float | None = None
+    """Of the steps that guessed: the time their tokens would have taken one by one, over what they took."""
 
     @property
     def prompt_tokens_per_second(self) -> float | None:

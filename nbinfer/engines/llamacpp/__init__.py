@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,7 +10,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nbinfer.contract.modes import Mode
+    from nbinfer.engines.llamacpp.context import ContextSettings
+    from nbinfer.engines.llamacpp.speculate import Drafter, Speculation
+    from nbinfer.engines.llamacpp.weights import Weights
     from nbinfer.engines.protocol import Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speculative:
+    """How to guess ahead: ``draft_path`` is a small model's file; None looks phrases up in the text so far.
+
+    ``num_tokens`` are guessed at most; guessing pauses while fewer than ``min_acceptance_rate`` (0 to 1) of
+    the guesses are right, and whenever it costs time.
+    """
+
+    draft_path: Path | None = None
+    num_tokens: int | None = None
+    min_acceptance_rate: float | None = None
 
 
 def open_engine(
@@ -30,6 +47,7 @@ def open_engine(
     tensor_split: list[float] | None = None,
     reasoning_budget: int | None = None,
     exact: bool = False,
+    speculative: Speculative | None = None,
     digest: str = "",
     on_progress: Callable[[float], None] | None = None,
 ) -> Engine:
@@ -57,6 +75,8 @@ def open_engine(
     exact
         Give the same text to the last bit, whatever ran before or runs beside: one request at a time, no
         shared prefixes.
+    speculative
+        Guess tokens ahead and check them together; the text stays what it is.
 
     Raises
     ------
@@ -93,7 +113,8 @@ def open_engine(
             from nbinfer.engines.llamacpp.generate import CompletionEngine
 
             described |= {"reasoning_budget": reasoning_budget, "exact": exact}
-            return CompletionEngine(weights, settings, **described)
+            guesser = None if speculative is None else _speculation(speculative, weights, settings)
+            return CompletionEngine(weights, settings, speculation=guesser, **described)
         if mode in ("embedding", "reranking"):
             from nbinfer.engines.llamacpp.pooled import PooledEngine
 
@@ -106,4 +127,36 @@ def open_engine(
     weights.close()
     raise NotSupported(
         f"llama.cpp does not serve mode {mode!r}: it can do completion, embedding and reranking."
+    )
+
+
+def _speculation(asked: Speculative, weights: Weights, settings: ContextSettings) -> Speculation:
+    from nbinfer.contract.errors import NotSupported
+    from nbinfer.engines.llamacpp.speculate import (
+        DEFAULT_TOKENS,
+        DraftModel,
+        PromptLookup,
+        Speculation,
+        check_vocabularies,
+    )
+    from nbinfer.engines.llamacpp.weights import Weights
+
+    if weights.has_recurrent_state:
+        raise NotSupported(
+            f"{weights.path.stem} keeps its past in one state, which cannot take a wrong guess back: "
+            "load it without speculative.",
+        )
+    drafter: Drafter = PromptLookup()
+    if asked.draft_path is not None:
+        draft = Weights(asked.draft_path)
+        try:
+            check_vocabularies(weights, draft)
+            drafter = DraftModel(draft, settings)
+        except BaseException:
+            draft.close()
+            raise
+    return Speculation(
+        drafter,
+        num_tokens=asked.num_tokens or DEFAULT_TOKENS,
+        min_acceptance_rate=asked.min_acceptance_rate,
     )

@@ -63,10 +63,18 @@ class Context:
         Sequences that fit at once.
     pooled
         For embeddings: one vector per sequence instead of logits per token.
+    extra_outputs
+        Rows of logits in one batch beyond one per sequence: the guesses of speculative decoding.
     """
 
     def __init__(
-        self, weights: Weights, settings: ContextSettings, *, parallel: int, pooled: bool = False
+        self,
+        weights: Weights,
+        settings: ContextSettings,
+        *,
+        parallel: int,
+        pooled: bool = False,
+        extra_outputs: int = 0,
     ) -> None:
         lib = self._lib = library()
         self._weights = weights
@@ -89,7 +97,7 @@ class Context:
         # row of logits per sequence is all that generation reads.
         params.swa_full = False
         if not pooled:
-            params.n_outputs_max = parallel
+            params.n_outputs_max = parallel + extra_outputs
         params.op_offload = bool(lib.llama_supports_gpu_offload())
         self._abort_flag = ctypes.create_string_buffer(2)
         params.abort_callback = abort_function()
@@ -158,6 +166,10 @@ class Context:
         self._sequences[first : last + 1] = sequence
         self._n = last + 1
         return last
+
+    def mark_outputs(self, n: int) -> None:
+        """Make the last ``n`` tokens of the batch outputs."""
+        self._outputs[self._n - n : self._n] = 1
 
     def mark_all_outputs(self) -> None:
         """Make every token of the batch an output, as pooling wants it."""

@@ -47,6 +47,7 @@ from nbinfer.contract.results import (
 from nbinfer.engines.llamacpp.constrain import Constrainer
 from nbinfer.engines.llamacpp.context import ABORTED, NO_SPACE, Context, engine_version
 from nbinfer.engines.llamacpp.sampling import Sampler, logprob_of
+from nbinfer.engines.llamacpp.speculate import Tally
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
 from nbinfer.engines.template import ChatTemplate
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from nbinfer.contract.requests import CompletionRequest, Request, ScoreRequest
     from nbinfer.contract.results import FinishReason
     from nbinfer.engines.llamacpp.context import ContextSettings
+    from nbinfer.engines.llamacpp.speculate import Speculation
     from nbinfer.engines.llamacpp.weights import Weights
 
 DEFAULT_PARALLEL = 8
@@ -107,12 +109,15 @@ class Sequence:
     script: list[int] = field(default_factory=list)
     answer_index: int = 0
     thoughts: int = 0
+    guesses: list[int] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
     slot: int = -1
     position: int = 0
     cached: int = 0
     started: float | None = None
     prompt_done: float | None = None
     last_token: float | None = None
+    done: bool = False
 
     @property
     def interactive(self) -> bool:
@@ -160,12 +165,15 @@ class CompletionEngine:
         digest: str = "",
         reasoning_budget: int | None = None,
         exact: bool = False,
+        speculation: Speculation | None = None,
     ) -> None:
         self._weights = weights
         # A recurrent state is paid for per sequence; elsewhere a sequence costs one row of logits.
         usual = 1 if weights.has_recurrent_state else DEFAULT_PARALLEL
         parallel = 1 if exact else settings.parallel or usual
-        self._context = Context(weights, settings, parallel=parallel)
+        self._speculation = speculation
+        extra = speculation.num_tokens if speculation else 0
+        self._context = Context(weights, settings, parallel=parallel, extra_outputs=extra)
         self._name = name
         self._reasoning_budget = reasoning_budget
         self._shares_prefixes = weights.has_exact_prefixes and not exact
@@ -408,6 +416,8 @@ class CompletionEngine:
             self._fail_all(e if isinstance(e, NbinferError) else EngineError(f"the engine stopped: {e!r}"))
         finally:
             self._fail_all(EngineClosed(f"{self._name} was unloaded while the request ran."))
+            if self._speculation is not None:
+                self._speculation.close()
             self._context.close()
             self._weights.close()
 
@@ -558,15 +568,14 @@ class CompletionEngine:
         self._step += 1
         if self._step % BATCH_TURN and any(s.interactive for s in active):
             active = [s for s in active if s.interactive]
+        began = time.perf_counter()
         planned = list(self._plan(active))
         with self._wake:
             if self._cancelled or self._closing:
                 self._context.clear_batch()
                 return
             self._in_flight = frozenset(sequence.stream for sequence, _, _ in planned)
-        began = time.perf_counter()
         code = self._context.decode()
-        now = time.perf_counter()
         self._in_flight = frozenset()
         if code == ABORTED:
             # Only a batch of cancelled requests, or a closing engine, is aborted; part of it may be stored.
@@ -577,9 +586,18 @@ class CompletionEngine:
                 for sequence, _, _ in planned:
                     self._finish(sequence, "length")
         else:
-            self._note_prompt_rate(planned, now - began)
-            for sequence, n, index in planned:
+            self._take_outcome(planned, began)
+
+    def _take_outcome(self, planned: list[tuple[Sequence, int, int]], began: float) -> None:
+        now = time.perf_counter()
+        self._note_prompt_rate(planned, now - began)
+        for sequence, n, index in planned:
+            if sequence.guesses:
+                self._verify(sequence, index, began)
+            else:
                 self._after_decode(sequence, n, index, now)
+        if self._speculation is not None and len(planned) == 1 and planned[0][1] == 1:
+            self._speculation.note_plain(time.perf_counter() - began)
 
     def _note_prompt_rate(self, planned: list[tuple[Sequence, int, int]], seconds: float) -> None:
         n_prompt = sum(n for sequence, n, _ in planned if not sequence.generating)
@@ -593,9 +611,12 @@ class CompletionEngine:
         room = context.n_batch
         for sequence in active:
             if sequence.generating:
-                token = sequence.generated[-1:]
-                yield sequence, 1, context.add(sequence.slot, token, sequence.position, output=True)
-                room -= 1
+                sequence.guesses = self._guess(sequence) if len(active) == 1 else []
+                tokens = [sequence.generated[-1], *sequence.guesses]
+                index = context.add(sequence.slot, tokens, sequence.position, output=True)
+                context.mark_outputs(len(tokens))
+                yield sequence, len(tokens), index
+                room -= len(tokens)
         # Alone, a prompt is cut the same way every time, so that a restarted notebook gives the same text.
         chunk = context.n_ubatch
         if len(active) > 1 and self._prompt_rate:
@@ -606,13 +627,35 @@ class CompletionEngine:
                 continue
             n = min(sequence.length - sequence.position, budget)
             end = sequence.position + n
-            tokens = sequence.tokens(sequence.position, end)
-            yield (
-                sequence,
-                n,
-                context.add(sequence.slot, tokens, sequence.position, output=end == sequence.length),
-            )
+            piece = sequence.tokens(sequence.position, end)
+            last = end == sequence.length
+            yield sequence, n, context.add(sequence.slot, piece, sequence.position, output=last)
             budget -= n
+
+    def _guess(self, sequence: Sequence) -> list[int]:
+        """Tokens that may come next, for the model to check; only where one sequence runs alone."""
+        if self._speculation is None or sequence.scores is not None:
+            return []
+        room = sequence.limit - len(sequence.generated) - 1
+        return self._speculation.propose(sequence.tokens(0, sequence.length), room)
+
+    def _verify(self, sequence: Sequence, index: int, began: float) -> None:
+        """Sample where guesses stand; go on as long as they are what the model says itself."""
+        guesses, sequence.guesses = sequence.guesses, []
+        accepted = 0
+        for i in range(len(guesses) + 1):
+            before = len(sequence.generated)
+            self._after_decode(sequence, 1, index - len(guesses) + i, began)
+            kept = sequence.generated[before:]
+            if sequence.done or i == len(guesses) or kept != [guesses[i]]:
+                break
+            accepted += 1
+        # What was guessed wrong is in the context's memory: take it out.
+        if sequence.slot >= 0:
+            self._context.drop(sequence.slot, sequence.position)
+        assert self._speculation is not None  # noqa: S101 - it made the guesses
+        seconds = time.perf_counter() - began
+        self._speculation.note(sequence.tally, drafted=len(guesses), accepted=accepted, seconds=seconds)
 
     def _after_decode(self, sequence: Sequence, n: int, index: int, now: float) -> None:
         """Take a decode's outcome for one sequence: progress, or a new token."""
@@ -712,6 +755,7 @@ class CompletionEngine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: NbinferError | None = None) -> None:
         """End a sequence; its slot keeps what it holds for the next prompt that begins alike."""
+        sequence.done = True
         rest = sequence.assembler.finish()
         self._emit(sequence, rest.text, rest.reasoning)
         if sequence.slot >= 0:
@@ -776,6 +820,8 @@ class CompletionEngine:
                 prompt_tokens=n_prompt,
                 completion_tokens=len(sequence.generated),
                 cached_tokens=sequence.cached,
+                drafted_tokens=sequence.tally.drafted,
+                accepted_tokens=sequence.tally.accepted,
             ),
             timings=Timings(
                 queue_seconds=started - sequence.submitted,
@@ -784,6 +830,7 @@ class CompletionEngine:
                 first_token_seconds=done - sequence.submitted if sequence.prompt_done else None,
                 prompt_tokens=n_prompt - sequence.cached,
                 generated_tokens=len(sequence.generated),
+                speculative_speedup=sequence.tally.speedup,
             ),
             logprobs=tuple(sequence.logprobs) if request.logprobs is not None else None,
             model=self._name,
