@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
     from nbinfer.contract.results import Event
+
+_log = logging.getLogger(__name__)
 
 AnyResult: TypeAlias = Result | ScoreResult | EmbeddingResult | RerankResult
 
@@ -69,7 +73,11 @@ class Stream:
             with self._ready:
                 callbacks, self._done_callbacks = self._done_callbacks, []
             for callback in callbacks:
-                callback()
+                # This is the engine's thread: a careless callback must not end it, and every request with it.
+                try:
+                    callback()
+                except Exception:  # noqa: BLE001 - whatever it raises
+                    _log.exception("a callback of a finished stream failed")
 
     def _wake(self) -> None:
         self._ready.notify_all()
@@ -155,7 +163,9 @@ class Stream:
         wake = asyncio.Event()
 
         def listener() -> None:
-            loop.call_soon_threadsafe(wake.set)
+            # A loop that was closed under its reader has nobody to wake; the engine's thread goes on.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(wake.set)
 
         with self._ready:
             self._listeners.append(listener)
