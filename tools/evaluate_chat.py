@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--misses", type=int, default=0, help="print so many wrong answers")
     options = parser.parse_args()
 
-    model = session.load(str(options.model), n_threads=options.threads)
+    model = session.load(str(options.model), threads=options.threads)
     rng = random.Random(options.seed)
     asked: Counter[str] = Counter()
     right: Counter[str] = Counter()

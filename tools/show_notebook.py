@@ -8,9 +8,10 @@ Exits with 1 when a cell failed, or when none was run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nbformat
 from rich.console import Console
@@ -18,11 +19,26 @@ from rich.markdown import Markdown
 from rich.syntax import Syntax
 from rich.text import Text
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 _CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def answer(output: Any) -> str:
-    """Return what a cell's output shows as plain text; empty for pictures and the like."""
+def answers(outputs: list[Any]) -> Iterator[tuple[str, bool]]:
+    """Yield each answer as (plain text, is it an error).
+
+    Text that was printed in pieces comes back as one.
+    """
+    for kind, group in itertools.groupby(outputs, lambda output: (output.output_type, output.get("name"))):
+        texts = [plain_text(output) for output in group]
+        for text in ["".join(texts)] if kind[0] == "stream" else texts:
+            if text.strip("\n"):
+                yield text.strip("\n"), kind[0] == "error"
+
+
+def plain_text(output: Any) -> str:
+    """Return what one output shows as plain text; empty for pictures and the like."""
     match output.output_type:
         case "stream":
             text = output.text
@@ -31,7 +47,7 @@ def answer(output: Any) -> str:
         case _:
             text = output.get("data", {}).get("text/plain", "")
     # Text of a model or a library must not move the cursor or recolour the terminal.
-    return _CONTROL.sub("", text).strip("\n")
+    return _CONTROL.sub("", text)
 
 
 def show(notebook: Any, console: Console) -> bool:
@@ -45,12 +61,9 @@ def show(notebook: Any, console: Console) -> bool:
             continue
         console.print(Syntax(cell.source, "python", background_color="default", word_wrap=True))
         ran = ran or cell.execution_count is not None
-        for output in cell.outputs:
-            is_error = output.output_type == "error"
+        for text, is_error in answers(cell.outputs):
             failed = failed or is_error
-            text = answer(output)
-            if text:
-                console.print(Text(text, style="bold red" if is_error else "bold green"))
+            console.print(Text(text, style="bold red" if is_error else "bold green"))
         console.print()
     return ran and not failed
 

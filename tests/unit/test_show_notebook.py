@@ -44,6 +44,12 @@ def test_answers_are_shown_as_plain_text(output: Any) -> None:
     assert "<p>" not in text
 
 
+def test_text_printed_in_pieces_is_shown_as_one() -> None:
+    pieces = [make.new_output("stream", name="stdout", text=text) for text in ("The ", "capital\n", "of")]
+    _, text = shown(executed(*pieces))
+    assert "The capital\nof\n" in text
+
+
 def test_a_failed_cell_is_shown_and_reported() -> None:
     good, text = shown(
         executed(make.new_output("error", ename="ModelNotFound", evalue="no model", traceback=[]))
