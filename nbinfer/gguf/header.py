@@ -117,7 +117,8 @@ class Header:
     tensors: tuple[TensorInfo, ...]
     files: tuple[str, ...] = ()
     # The entries that are not about the tokenizer, as the file's own bytes: what `stripped` writes again.
-    _plain_entries: bytes = field(default=b"", repr=False)
+    # None when they are too large to be kept.
+    _plain_entries: bytes | None = field(default=b"", repr=False)
     _n_plain_entries: int = field(default=0, repr=False)
 
     def get(self, key: str, default: Any = None) -> Any:

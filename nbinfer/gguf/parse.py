@@ -8,12 +8,13 @@ work is bounded by the size of the header and the memory by a few fixed limits. 
 from __future__ import annotations
 
 import math
+import re
 from struct import Struct, unpack_from
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from nbinfer.contract.errors import GGUFParseError
 from nbinfer.gguf.header import ArraySummary, Header, TensorInfo
-from nbinfer.gguf.types import ARRAY, STRING, tensor_types, value_types
+from nbinfer.gguf.types import ARRAY, STRING, UINT32, tensor_types, value_types
 from nbinfer.gguf.walk import walk
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ DEFAULT_ALIGNMENT: Final = 32
 
 KEEP_ARRAY: Final = 4096  # bytes; per-layer head counts and the like are smaller
 KEEP_STRING: Final = 1024**2  # bytes; chat templates are tens of KiB
-KEEP_ALL: Final = 16 * 1024**2  # bytes of kept strings and arrays together
+KEEP_ALL: Final = 16 * 1024**2  # bytes that kept strings and arrays take in Python, roughly
+_OBJECT = 40  # bytes that an element of a tuple takes, with the tuple's pointer to it
 
 _U32 = Struct("<I")
 _U64 = Struct("<Q")
@@ -38,8 +40,9 @@ _START = Struct("<4sIQQ")
 _DIMS = tuple(Struct(f"<{n}QIQ") for n in range(MAX_DIMS + 1))
 _SMALLEST_ENTRY = 14  # key length, one character, type, one byte
 _SMALLEST_TENSOR = 33  # name length, one character, dimensions, one of them, type, offset
-_MAX_INT = 2**63
+_MAX_ELEMENTS = 2**48  # beyond it ggml's own sums of bytes wrap around
 _MAX_SHOWN = 80
+_ARCHITECTURE = re.compile(r"[A-Za-z0-9_.-]{1,63}")
 
 _OTHER_FILES = (
     (b"lmgg", "it is a GGML file from before GGUF; convert it with a current llama.cpp"),
@@ -176,7 +179,7 @@ class _Parser:
             metadata=metadata,
             tensors=tensors,
             files=(self._source.name,),
-            _plain_entries=b"".join(self._plain),
+            _plain_entries=None if self._plain_bytes > KEEP_ALL else b"".join(self._plain),
             _n_plain_entries=len(self._plain),
         )
 
@@ -228,6 +231,8 @@ class _Parser:
 
     def _value(self, key: str) -> Any:
         kind = self._u32(f"the type of {key!r}")
+        if key == "general.alignment" and kind != UINT32:
+            self._fail("general.alignment is not stored as an unsigned 32-bit number", self._pos - 4)
         if kind == STRING:
             return self._string(key)
         if kind == ARRAY:
@@ -267,10 +272,10 @@ class _Parser:
         what = f"the {n:,} elements of {key!r}"
         self._check_left(n * width, what)
         start = self._pos
-        if n * width > KEEP_ARRAY or self._kept + n * width > KEEP_ALL:
+        if n * width > KEEP_ARRAY or self._kept + n * _OBJECT > KEEP_ALL:
             self._pos += n * width
             return ArraySummary(name, n, start)
-        self._kept += n * width
+        self._kept += n * _OBJECT
         index = self._need(n * width, what)
         self._pos += n * width
         return unpack_from(f"<{n}{code}", self._data, index)
@@ -289,9 +294,9 @@ class _Parser:
                 self._fail_in_string(key, n, left, step)
             self._pos += step
         size = self._pos - start
-        if size > KEEP_ARRAY or self._kept + size > KEEP_ALL:
+        if size > KEEP_ARRAY or self._kept + size + n * _OBJECT > KEEP_ALL:
             return ArraySummary("string", n, start)
-        self._kept += size
+        self._kept += size + n * _OBJECT
         end, self._pos = self._pos, start
         index = self._need(size, f"the strings of {key!r}")
         texts = []
@@ -313,16 +318,9 @@ class _Parser:
     # -- what the entries must say ----------------------------------------------------------------------
 
     def _alignment(self, metadata: dict[str, Any]) -> int:
-        value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if (
-            not isinstance(value, int)
-            or isinstance(value, bool)
-            or not 0 < value <= MAX_ALIGNMENT
-            or value & (value - 1)
-        ):
-            self._fail(
-                f"general.alignment is {_short(value)}; it must be a power of two up to {MAX_ALIGNMENT:,}"
-            )
+        value: int = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
+            self._fail(f"general.alignment is {value:,}; it must be a power of two up to {MAX_ALIGNMENT:,}")
         return value
 
     def _check_tokenizer(self, metadata: dict[str, Any]) -> None:
@@ -348,8 +346,8 @@ class _Parser:
         arch = metadata.get("general.architecture")
         if arch is None:
             return
-        if not isinstance(arch, str) or not arch or len(arch) > MAX_NAME:
-            self._fail(f"general.architecture is {_short(arch)}; it must be a short text")
+        if not isinstance(arch, str) or not _ARCHITECTURE.fullmatch(arch):
+            self._fail(f"general.architecture is {_short(arch)}; it must be a short name")
         for key, (least, most) in _RANGES.items():
             value = metadata.get(f"{arch}.{key}")
             for number in value if isinstance(value, tuple) else (value,):
@@ -379,7 +377,7 @@ class _Parser:
                     start,
                 )
             n_elements = math.prod(shape)
-            if max(shape) >= _MAX_INT or n_elements >= _MAX_INT:
+            if max(shape) > _MAX_ELEMENTS or n_elements > _MAX_ELEMENTS:
                 self._fail(f"tensor {name!r} has the impossible shape {shape}", start)
             if shape[0] % kind.block:
                 self._fail(

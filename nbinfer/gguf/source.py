@@ -12,8 +12,7 @@ from nbinfer.contract.errors import GGUFParseError
 if TYPE_CHECKING:
     from io import FileIO
 
-_FIRST = 256 * 1024
-_CHUNK = 1024 * 1024
+_WINDOW = 128 * 1024  # small enough to stay in the processor's cache while it is searched
 
 
 class Source(Protocol):
@@ -96,7 +95,7 @@ class FileSource:
         """Read a window at ``offset``."""
         if self._file is None:
             raise GGUFParseError(f"{self.name} is closed.")
-        wanted = max(n, _CHUNK if offset else _FIRST)
+        wanted = max(n, _WINDOW)
         pieces: list[bytes] = []
         got = 0
         try:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from nbinfer.contract.errors import GGUFParseError
+
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
+
+    from nbinfer.gguf.header import Header
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
 
@@ -44,3 +50,37 @@ def part_paths(path: str | os.PathLike[str]) -> tuple[Path, ...]:
     if part is None:
         return (path,)
     return tuple(path.with_name(part.sibling(number)) for number in range(1, part.total + 1))
+
+
+def join_parts(headers: Sequence[Header]) -> Header:
+    """Make one header of the headers of all parts, in order.
+
+    Raises
+    ------
+    GGUFParseError
+        The parts do not belong together.
+    """
+    first = headers[0]
+    for number, header in enumerate(headers):
+        said = (header.metadata.get("split.no", 0), header.metadata.get("split.count", 1))
+        if said != (number, len(headers)):
+            raise GGUFParseError(
+                f"{header.source}: split.no and split.count say {said[0]} and {said[1]}, but its name says"
+                f" {number} (counted from 0) and {len(headers)}.",
+            )
+    tensors = tuple(
+        tensor._replace(part=part) for part, header in enumerate(headers) for tensor in header.tensors
+    )
+    expected = first.metadata.get("split.tensors.count", len(tensors))
+    if expected != len(tensors):
+        raise GGUFParseError(
+            f"{first.source}: the parts hold {len(tensors):,} tensors instead of {expected}."
+        )
+    if len({tensor.name for tensor in tensors}) != len(tensors):
+        raise GGUFParseError(f"{first.source}: a tensor appears in two parts.")
+    return replace(
+        first,
+        tensors=tensors,
+        file_size=sum(header.file_size for header in headers),
+        files=tuple(header.source for header in headers),
+    )

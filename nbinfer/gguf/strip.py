@@ -5,14 +5,13 @@ from __future__ import annotations
 from struct import pack
 from typing import TYPE_CHECKING
 
+from nbinfer.contract.errors import GGUFParseError
 from nbinfer.gguf.header import Header
 from nbinfer.gguf.read import read_header
-from nbinfer.gguf.types import STRING, tensor_type_numbers
+from nbinfer.gguf.types import STRING, UINT32, tensor_type_numbers
 
 if TYPE_CHECKING:
     import os
-
-_UINT32 = 4
 
 
 def stripped(model: Header | str | os.PathLike[str]) -> bytes:
@@ -31,15 +30,25 @@ def stripped(model: Header | str | os.PathLike[str]) -> bytes:
     Raises
     ------
     GGUFParseError
-        ``model`` is a file that cannot be read.
+        ``model`` is a file that cannot be read, or has megabytes of metadata besides its tokenizer.
     """
     header = model if isinstance(model, Header) else read_header(model)
-    entries = [header._plain_entries]  # noqa: SLF001 - kept for this
+    plain = header._plain_entries  # noqa: SLF001 - kept for this
+    if plain is None:
+        raise GGUFParseError(
+            f"{header.source}: its metadata besides the tokenizer is too large to be copied."
+        )
+    entries = [plain]
     n_entries = header._n_plain_entries  # noqa: SLF001
     entries.append(_text("tokenizer.ggml.model") + pack("<I", STRING) + _text("no_vocab"))
     n_entries += 1
     if header.n_vocab:
-        entries.append(_text(f"{header.architecture}.vocab_size") + pack("<II", _UINT32, header.n_vocab))
+        entries.append(_text(f"{header.architecture}.vocab_size") + pack("<II", UINT32, header.n_vocab))
+        n_entries += 1
+    # Encoders have a tensor of this length, so llama.cpp asks for it even without a tokenizer.
+    token_types = header.metadata.get("tokenizer.ggml.token_type_count")
+    if isinstance(token_types, int):
+        entries.append(_text("tokenizer.ggml.token_type_count") + pack("<II", UINT32, token_types))
         n_entries += 1
     numbers = tensor_type_numbers()
     infos = []

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+UINT32 = 4
 STRING = 8
 ARRAY = 9
 
@@ -41,14 +42,18 @@ class TensorType:
     n_bytes: int
 
 
+# Where version 0.19 of the package differs from ggml: two half-precision numbers in a Q8_1 block, not two
+# of single precision, and a type that it does not know yet.
+_AS_IN_GGML = {9: TensorType("Q8_1", 32, 36), 42: TensorType("Q2_0", 64, 18)}
+
+
 @cache
 def tensor_types() -> Mapping[int, TensorType]:
     """Tensor types by their number in the file."""
     from gguf.constants import GGML_QUANT_SIZES
 
-    return MappingProxyType(
-        {int(kind): TensorType(kind.name, block, size) for kind, (block, size) in GGML_QUANT_SIZES.items()},
-    )
+    kinds = {int(kind): TensorType(kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+    return MappingProxyType(kinds | _AS_IN_GGML)
 
 
 @cache

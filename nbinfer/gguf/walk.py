@@ -53,7 +53,7 @@ def walk(data: bytes, start: int, n: int) -> tuple[int, int]:
     accepted when the walk reaches it: the accepted length before it points there exactly. Whatever is not
     proposed (empty or long strings, text with zeros inside) is stepped over by hand.
     """
-    if n < _SHORT:
+    if n < _SHORT or len(data) - start < _PREFIX * _SHORT:
         return walk_plain(data, start, n)
     at, after = _proposals(data, start)
     broken = np.flatnonzero(after[:-1] != at[1:]).tolist()  # links that do not hold
