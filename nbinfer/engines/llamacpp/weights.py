@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbinfer.contract.errors import EngineClosed, ModelLoadError
-from nbinfer.engines.llamacpp.library import LOG, library
+from nbinfer.engines.llamacpp.library import LOG, library, may_rearrange_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -55,11 +55,7 @@ class Weights:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = -1 if gpu_layers is None else gpu_layers
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if mmap else lib.LLAMA_LOAD_MODE_NONE
-        if b"AMX_INT8 = 1" in lib.llama_print_system_info():
-            # GCC 12 drops most of the stores to llama.cpp's AMX tile configuration, and quantised weights
-            # then end the process with a general protection fault at the first batch. This keeps them off
-            # the AMX path.
-            params.use_extra_bufts = False
+        params.use_extra_bufts = may_rearrange_weights()
         if main_gpu is not None:
             params.main_gpu = main_gpu
         if tensor_split is not None:
