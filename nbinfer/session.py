@@ -61,6 +61,7 @@ OPTIONS = (
     "logprobs",
     "think",
     "reasoning_budget",
+    "adapter",
     "raw",
     "params",
     "priority",
@@ -743,6 +744,8 @@ def infer(prompt: str | None = None, *, model: Model | str | None = None, **opti
         k: log-probabilities of each token and of the k most likely ones.
     think, reasoning_budget
         For reasoning models.
+    adapter
+        Name of a LoRA adapter loaded with the model: ``nb.load(ref, lora={"name": file})``.
     images
         Paths, bytes or PIL images, for vision models.
     raw

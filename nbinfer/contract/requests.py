@@ -164,6 +164,8 @@ class CompletionRequest:
         For models with a thinking switch in their template: on, off, or the template's default (None).
     reasoning_budget
         Tokens of reasoning: -1 unlimited, 0 none, n at most n; None: the model's configuration.
+    adapter
+        Name of a LoRA adapter that was loaded with the model.
     priority
         ``interactive`` requests go before ``batch`` ones.
     """
@@ -180,6 +182,7 @@ class CompletionRequest:
     n: int = 1
     think: bool | None = None
     reasoning_budget: int | None = None
+    adapter: str | None = None
     priority: Literal["interactive", "batch"] = "interactive"
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from nbinfer.contract.modes import Mode
@@ -48,6 +48,7 @@ def open_engine(
     reasoning_budget: int | None = None,
     exact: bool = False,
     speculative: Speculative | None = None,
+    lora: str | Path | Mapping[str, str | Path] | None = None,
     digest: str = "",
     on_progress: Callable[[float], None] | None = None,
 ) -> Engine:
@@ -77,6 +78,8 @@ def open_engine(
         shared prefixes.
     speculative
         Guess tokens ahead and check them together; the text stays what it is.
+    lora
+        A LoRA adapter file that is always on, or files by name: a request then says ``adapter=name``.
 
     Raises
     ------
@@ -110,11 +113,13 @@ def open_engine(
     described: dict[str, Any] = {"name": name or path.stem, "digest": digest}
     try:
         if mode == "completion":
+            from nbinfer.engines.llamacpp.adapters import Adapters
             from nbinfer.engines.llamacpp.generate import CompletionEngine
 
             described |= {"reasoning_budget": reasoning_budget, "exact": exact}
+            adapters = None if lora is None else Adapters(weights, _adapter_files(lora))
             guesser = None if speculative is None else _speculation(speculative, weights, settings)
-            return CompletionEngine(weights, settings, speculation=guesser, **described)
+            return CompletionEngine(weights, settings, speculation=guesser, adapters=adapters, **described)
         if mode in ("embedding", "reranking"):
             from nbinfer.engines.llamacpp.pooled import PooledEngine
 
@@ -128,6 +133,21 @@ def open_engine(
     raise NotSupported(
         f"llama.cpp does not serve mode {mode!r}: it can do completion, embedding and reranking."
     )
+
+
+def _adapter_files(lora: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from nbinfer.contract.errors import ModelNotFound
+    from nbinfer.engines.llamacpp.adapters import ALWAYS
+
+    named = lora if isinstance(lora, Mapping) else {ALWAYS: lora}
+    files = {name: Path(path).expanduser() for name, path in named.items()}
+    for path in files.values():
+        if not path.is_file():
+            raise ModelNotFound(f"there is no adapter file {path}.")
+    return files
 
 
 def _speculation(asked: Speculative, weights: Weights, settings: ContextSettings) -> Speculation:

@@ -44,6 +44,7 @@ from nbinfer.contract.results import (
     TokenLogprob,
     Usage,
 )
+from nbinfer.engines.llamacpp.adapters import Adapters
 from nbinfer.engines.llamacpp.constrain import Constrainer
 from nbinfer.engines.llamacpp.context import ABORTED, NO_SPACE, Context, engine_version
 from nbinfer.engines.llamacpp.sampling import Sampler, logprob_of
@@ -105,6 +106,7 @@ class Sequence:
     answer: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    adapter: str | None = None
     scores: Scores | None = None
     script: list[int] = field(default_factory=list)
     answer_index: int = 0
@@ -149,6 +151,7 @@ class Slot:
 
     index: int
     sequence: Sequence | None = None
+    adapter: str | None = None
     held: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     released: float = 0.0
 
@@ -166,12 +169,14 @@ class CompletionEngine:
         reasoning_budget: int | None = None,
         exact: bool = False,
         speculation: Speculation | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self._weights = weights
         # A recurrent state is paid for per sequence; elsewhere a sequence costs one row of logits.
         usual = 1 if weights.has_recurrent_state else DEFAULT_PARALLEL
         parallel = 1 if exact else settings.parallel or usual
         self._speculation = speculation
+        self._adapters = adapters or Adapters(weights, {})
         extra = speculation.num_tokens if speculation else 0
         self._context = Context(weights, settings, parallel=parallel, extra_outputs=extra)
         self._name = name
@@ -262,6 +267,7 @@ class CompletionEngine:
             ),
             seed=seed,
             limit=min(room, request.max_tokens or room),
+            adapter=self._adapters.choose(request.adapter),
             submitted=time.perf_counter(),
         )
         return self._enqueue([sequence])
@@ -287,6 +293,7 @@ class CompletionEngine:
                     assembler=TextAssembler(),
                     seed=0,
                     limit=len(answer),
+                    adapter=self._adapters.choose(None),
                     submitted=now,
                     scores=scores,
                     script=answer,
@@ -477,9 +484,9 @@ class CompletionEngine:
     def _place(self, sequence: Sequence) -> bool:
         """Put a sequence into the best free slot; False when it should wait for a prefix being computed."""
         tokens = sequence.tokens(0, sequence.length)
-        source, shared = self._longest_held(tokens)
+        source, shared = self._longest_held(tokens, sequence.adapter)
         patient = sequence.scores is not None or not sequence.interactive
-        if patient and self._computing_more(tokens, shared):
+        if patient and self._computing_more(tokens, shared, sequence.adapter):
             return False
         free = [s for s in self._slots if s.sequence is None]
         if (
@@ -495,7 +502,7 @@ class CompletionEngine:
             self._context.drop(target.index)
             if source is not None:
                 self._context.copy(source.index, target.index, shared)
-        target.held = tokens[:shared]
+        target.held, target.adapter = tokens[:shared], sequence.adapter
         target.sequence = sequence
         sequence.slot, sequence.position = target.index, shared
         sequence.cached = min(shared, len(sequence.prompt))
@@ -503,25 +510,25 @@ class CompletionEngine:
             sequence.started = time.perf_counter()
         return True
 
-    def _longest_held(self, tokens: NDArray[np.int32]) -> tuple[Slot | None, int]:
+    def _longest_held(self, tokens: NDArray[np.int32], adapter: str | None) -> tuple[Slot | None, int]:
         """The slot that holds the longest beginning of ``tokens``, and its length."""
         source, shared = None, 0
         if self._shares_prefixes:
-            for slot in self._slots:
+            for slot in (s for s in self._slots if s.adapter == adapter):
                 # At least one token is left to decode, for its logits.
                 n = min(_common_prefix(slot.held, tokens), len(tokens) - 1)
                 if n > shared:
                     source, shared = slot, n
         return source, shared
 
-    def _computing_more(self, tokens: NDArray[np.int32], shared: int) -> bool:
+    def _computing_more(self, tokens: NDArray[np.int32], shared: int, adapter: str | None) -> bool:
         """Whether a prompt being computed will soon share clearly more than ``shared`` tokens."""
         if not self._shares_prefixes:
             return False
         coming = (
             min(_common_prefix(s.sequence.prompt, tokens), len(tokens) - 1)
             for s in self._slots
-            if s.sequence is not None and not s.sequence.generated
+            if s.sequence is not None and not s.sequence.generated and s.adapter == adapter
         )
         return max(coming, default=0) >= max(shared, MIN_SHARED) + MIN_SHARED
 
@@ -568,6 +575,7 @@ class CompletionEngine:
         self._step += 1
         if self._step % BATCH_TURN and any(s.interactive for s in active):
             active = [s for s in active if s.interactive]
+        active = self._one_adapter(active)
         began = time.perf_counter()
         planned = list(self._plan(active))
         with self._wake:
@@ -587,6 +595,13 @@ class CompletionEngine:
                     self._finish(sequence, "length")
         else:
             self._take_outcome(planned, began)
+
+    def _one_adapter(self, active: list[Sequence]) -> list[Sequence]:
+        """One batch runs under one adapter: take turns between those in use."""
+        in_use = list(dict.fromkeys(s.adapter for s in active))
+        adapter = in_use[self._step % len(in_use)]
+        self._adapters.apply(self._context.pointer, adapter)
+        return [s for s in active if s.adapter == adapter]
 
     def _take_outcome(self, planned: list[tuple[Sequence, int, int]], began: float) -> None:
         now = time.perf_counter()
@@ -842,6 +857,8 @@ class CompletionEngine:
     def _params(self, sequence: Sequence) -> dict[str, Any]:
         request, sampling = sequence.request, sequence.request.sampling
         params: dict[str, Any] = {"temperature": sampling.temperature, "seed": sequence.seed}
+        if sequence.adapter is not None:
+            params["adapter"] = sequence.adapter
         if sampling.temperature > 0:
             params |= {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
         if request.max_tokens is not None:
