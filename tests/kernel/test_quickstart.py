@@ -23,7 +23,7 @@ def shown() -> dict[str, str]:
     notebook = read()
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     return {
-        cell.id: "\n".join(text for text, _ in answers(cell.outputs))
+        cell.id: "\n".join(text for text, _ in answers(cell))
         for cell in notebook.cells
         if cell.cell_type == "code"
     }
