@@ -25,7 +25,8 @@ from nbinfer.contract.modes import Mode
 from nbinfer.contract.status import BackendStatus, StatusWord
 
 if TYPE_CHECKING:
-    from nbinfer.contract.config import ModelConfig
+    from nbinfer.contract.config import ModelConfig, SpeculativeConfig
+    from nbinfer.engines.llamacpp import Speculative
     from nbinfer.engines.protocol import Engine
 
 DISTRIBUTION = "llama-cpp-python"
@@ -293,11 +294,25 @@ def _options(config: ModelConfig | None) -> dict[str, Any]:
             "runtime-flags are for a server's command line; a model in the kernel takes options by name, "
             "as in load(…, threads=4).",
         )
-    if config.speculative is not None and config.speculative.draft_model:
-        raise NotSupported("speculative decoding is not there yet for llamacpp; load the model without it.")
     budget = None if config.llamacpp is None else config.llamacpp.reasoning_budget
-    asked = {"context_size": config.context_size, "reasoning_budget": budget}
+    asked = {
+        "context_size": config.context_size,
+        "reasoning_budget": budget,
+        "speculative": _speculative(config.speculative),
+    }
     return {key: value for key, value in asked.items() if value is not None}
+
+
+def _speculative(asked: SpeculativeConfig | None) -> Speculative | None:
+    if asked is None:
+        return None
+    from nbinfer.engines.llamacpp import Speculative
+    from nbinfer.models import resolve
+
+    draft = None if asked.draft_model is None else resolve(asked.draft_model).path
+    return Speculative(
+        draft_path=draft, num_tokens=asked.num_tokens, min_acceptance_rate=asked.min_acceptance_rate
+    )
 
 
 def _unknown(option: str, known: list[str]) -> str:

@@ -20,7 +20,13 @@ import numpy as np
 
 from nbinfer.contract.errors import ContextOverflow, EngineClosed, NotSupported
 from nbinfer.contract.modes import Mode
-from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest, Request, RerankRequest
+from nbinfer.contract.requests import (
+    CompletionRequest,
+    EmbeddingRequest,
+    Request,
+    RerankRequest,
+    ScoreRequest,
+)
 from nbinfer.contract.results import (
     Delta,
     EmbeddingResult,
@@ -28,12 +34,13 @@ from nbinfer.contract.results import (
     PromptProgress,
     RerankResult,
     Result,
+    ScoreResult,
     Timings,
     TokenLogprob,
     Usage,
 )
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
-from nbinfer.engines.stream import Stream
+from nbinfer.engines.stream import AnyResult, Stream
 
 if TYPE_CHECKING:
     from nbinfer.contract.results import FinishReason
@@ -54,6 +61,7 @@ Script: TypeAlias = list[str] | Callable[[CompletionRequest], Iterable[Any]]
 
 _MODES: dict[type, Mode] = {
     CompletionRequest: Mode.COMPLETION,
+    ScoreRequest: Mode.COMPLETION,
     EmbeddingRequest: Mode.EMBEDDING,
     RerankRequest: Mode.RERANKING,
 }
@@ -230,7 +238,10 @@ class FakeEngine:
         needed = _MODES[type(request)]
         if self._mode is not None and self._mode is not needed:
             raise NotSupported(f"{self._info.model} is loaded for {self._mode}; this request needs {needed}.")
-        if isinstance(request, CompletionRequest):
+        if isinstance(request, ScoreRequest):
+            answers = max(map(count_tokens, request.answers))
+            longest, limit = self.render(request.question())[1] + answers, self._info.context_size
+        elif isinstance(request, CompletionRequest):
             if request.n != 1:
                 raise NotSupported("the fake engine gives one answer per request.")
             # The answer needs room for one token at least.
@@ -283,7 +294,7 @@ class FakeEngine:
             else:
                 job.stream.fail(last)
 
-    def _run(self, job: _Job) -> Result | EmbeddingResult | RerankResult:
+    def _run(self, job: _Job) -> AnyResult:
         request = job.request
         began = time.perf_counter()
         if isinstance(request, EmbeddingRequest):
@@ -295,6 +306,15 @@ class FakeEngine:
             counts = tuple(map(count_tokens, request.texts))
             seconds = time.perf_counter() - began
             return EmbeddingResult(vectors=vectors, n_tokens=counts, model=self._info.model, seconds=seconds)
+        if isinstance(request, ScoreRequest):
+            prompt, prompt_tokens = self.render(request.question())
+            # An answer that the prompt names is e times e times as likely as one that it does not.
+            logprobs = [
+                (-1.0 if answer in prompt else -3.0) - len(answer) / 1e6 for answer in request.answers
+            ]
+            return ScoreResult(
+                logprobs=np.asarray(logprobs, np.float64), prompt_tokens=prompt_tokens, model=self._info.model
+            )
         if isinstance(request, RerankRequest):
             query = set(request.query.lower().split())
             scores = [
@@ -432,12 +452,14 @@ def _params(request: CompletionRequest) -> dict[str, object]:
     }
 
 
-def _interrupted(request: Request, info: EngineInfo) -> Result | EmbeddingResult | RerankResult:
+def _interrupted(request: Request, info: EngineInfo) -> AnyResult:
     """Return the result of a request that was cancelled before it ran."""
     if isinstance(request, EmbeddingRequest):
         return EmbeddingResult(
             vectors=np.zeros((0, info.dimensions or 1), np.float32), n_tokens=(), model=info.model
         )
+    if isinstance(request, ScoreRequest):
+        return ScoreResult(logprobs=np.zeros(0), model=info.model)
     if isinstance(request, RerankRequest):
         return RerankResult(scores=np.zeros(0, np.float32), n_tokens=(), model=info.model)
     return Result(

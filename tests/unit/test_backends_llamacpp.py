@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from nbinfer.backends.disk import disk_usage
 from nbinfer.backends.llamacpp import LlamaCppBackend, install_line
 from nbinfer.backends.vllm import VllmBackend
 from nbinfer.contract.config import ModelConfig
-from nbinfer.contract.errors import BackendUnavailable, ConfigError, NotSupported
+from nbinfer.contract.errors import BackendUnavailable, ConfigError, ModelNotFound, NotSupported
 from nbinfer.contract.modes import Mode
+from nbinfer.engines import llamacpp as llamacpp_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -222,9 +224,9 @@ def test_the_supported_versions_are_those_of_the_package_metadata() -> None:
             ["runtime-flags", "threads=4"],
         ),
         (
-            {"mode": Mode.COMPLETION, "config": ModelConfig(speculative={"draft_model": "x"})},
-            NotSupported,
-            ["speculative"],
+            {"mode": Mode.COMPLETION, "config": ModelConfig(speculative={"draft_model": "no-such-model"})},
+            ModelNotFound,
+            ["no-such-model"],
         ),
     ],
 )
@@ -236,6 +238,41 @@ def test_what_the_engine_does_not_have_is_refused_before_a_file_is_read(
         LlamaCppBackend().open(Path("/no/such/file.gguf"), **call)
     assert [word for word in words if word not in str(caught.value)] == []
     assert len(str(caught.value).splitlines()) <= 5
+
+
+def test_a_configuration_becomes_the_engines_options(
+    site: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site("0.3.36", (LIBRARY,))
+    calls: list[dict[str, Any]] = []
+
+    def open_engine(path: Path, *, mode: Mode, name: str, **options: Any) -> None:
+        calls.append({"path": path, "mode": mode, "name": name, **options})
+
+    keywords = inspect.signature(llamacpp_engine.open_engine)
+    open_engine.__signature__ = keywords  # type: ignore[attr-defined]
+    monkeypatch.setattr(llamacpp_engine, "open_engine", open_engine)
+    config = ModelConfig(
+        context_size=512,
+        keep_alive="1h",
+        speculative={"num_tokens": 3, "min_acceptance_rate": 0.25},
+        vllm={"gpu-memory-utilization": 0.5},
+        llamacpp={"reasoning-budget": 0},
+    )
+    LlamaCppBackend().open(
+        Path("m.gguf"), mode=Mode.EMBEDDING, name="m", config=config, threads=2, context_size=256
+    )
+    assert calls == [
+        {
+            "path": Path("m.gguf"),
+            "mode": Mode.EMBEDDING,
+            "name": "m",
+            "threads": 2,
+            "context_size": 256,
+            "reasoning_budget": 0,
+            "speculative": llamacpp_engine.Speculative(num_tokens=3, min_acceptance_rate=0.25),
+        }
+    ]
 
 
 def test_it_is_no_server_yet() -> None:

@@ -11,7 +11,14 @@ from support.fake_engine import HANG, FakeEngine, Step
 
 from nbinfer.contract.errors import ContextOverflow, EngineClosed, EngineError, NotSupported, RequestError
 from nbinfer.contract.modes import Mode
-from nbinfer.contract.requests import CompletionRequest, Constraint, EmbeddingRequest, RerankRequest, Sampling
+from nbinfer.contract.requests import (
+    CompletionRequest,
+    Constraint,
+    EmbeddingRequest,
+    RerankRequest,
+    Sampling,
+    ScoreRequest,
+)
 from nbinfer.contract.results import Delta, Finished, PromptProgress
 
 if TYPE_CHECKING:
@@ -176,3 +183,13 @@ def test_reranking_scores_shared_words_higher() -> None:
 def test_a_mode_refuses_the_other_requests() -> None:
     with pytest.raises(NotSupported, match="loaded for embedding"):
         FakeEngine(mode=Mode.EMBEDDING).submit(ask())
+
+
+def test_answers_that_the_prompt_names_score_higher_and_every_answer_differs() -> None:
+    result = (
+        FakeEngine().submit(ScoreRequest(prompt="is it red?", answers=("blue", "red", "green"))).result(5)
+    )
+    assert result.logprobs.argmax() == 1
+    assert len(set(result.logprobs)) == 3
+    with pytest.raises(ContextOverflow):
+        FakeEngine(context_size=3).submit(ScoreRequest(prompt="is it red?", answers=("blue",)))
