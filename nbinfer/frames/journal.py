@@ -52,8 +52,9 @@ CREATE INDEX IF NOT EXISTS entries_by_use ON entries (used);
 # "Used" is kept to the day: the order of eviction needs no more, and a hit seldom has to write.
 _DAY = 86_400
 _LOOKUP = 500
-# How many commits pass between looks at the file's size.
-_SIZE_EVERY = 256
+# execute() would take the first of its many steps only.
+_VACUUM = "PRAGMA incremental_vacuum"
+_ROW_BYTES = 200
 
 
 class JournalError(NbinferError, OSError):
@@ -128,7 +129,7 @@ class Journal:
         self.limit = limit
         self._lock = threading.RLock()
         self._unsaved: dict[bytes, tuple[Any, ...]] = {}
-        self._writes = 0
+        self._written = 0
         self._db = self._connect()
 
     def _connect(self) -> sqlite3.Connection:
@@ -215,8 +216,10 @@ class Journal:
                     "VALUES (?,?,?,?,?,?,?,?,?,?,?)",
                     (key, op, model, *row, _today()),
                 )
-                self._writes += 1
-                if self._writes % _SIZE_EVERY == 0:
+                # The size is looked at after every twentieth of the limit, and overshoots by no more.
+                self._written += len(row[0]) + _ROW_BYTES
+                if self._written > self.limit // 20:
+                    self._written = 0
                     self._shrink(self.limit)
             except sqlite3.Error as error:
                 self._unsaved[key] = row
@@ -244,7 +247,7 @@ class Journal:
             ).rowcount
             if not gone:
                 break
-        self._db.execute("PRAGMA incremental_vacuum").fetchall()
+        self._db.executescript(_VACUUM)
 
     def clear(self, *, op: str | None = None, model: str | None = None) -> int:
         """Remove entries, all or those of an operator or model; return how many."""
@@ -254,7 +257,7 @@ class Journal:
             if not where:
                 gone += len(self._unsaved)
                 self._unsaved.clear()
-            self._db.execute("PRAGMA incremental_vacuum").fetchall()
+            self._db.executescript(_VACUUM)
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         return gone
 

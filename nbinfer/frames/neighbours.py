@@ -13,6 +13,7 @@ from nbinfer.frames.operators import embed, resolve
 from nbinfer.frames.prompts import unknown_column
 from nbinfer.frames.run import choice
 from nbinfer.frames.tables import Table, read
+from nbinfer.frames.work import weights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -114,7 +115,7 @@ def _side(
         earlier = _made_by(table.provenance(), None if table.only else str(on))
         return table, vectors(column), earlier
     loaded = resolve(model, Mode.EMBEDDING)
-    if made is not None and made.get("digest") not in {None, loaded.info.digest}:
+    if made is not None and made.get("digest") not in {None, weights(loaded)}:
         raise RequestError(
             f"the corpus was embedded by {made.get('model')!r}, the {what} would be by "
             f"{loaded.info.model!r}: vectors of different models cannot be compared.\n"
@@ -131,7 +132,7 @@ def _side(
         on_error="raise" if what == "query" else "null",
         progress=progress,
     )
-    info = {"digest": loaded.info.digest, "model": loaded.info.model, "params": {}}
+    info = {"digest": weights(loaded), "model": loaded.info.model, "params": {}}
     return table, vectors(out["embedding"]), info
 
 

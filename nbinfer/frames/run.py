@@ -37,7 +37,7 @@ from nbinfer.frames.journal import KEY_VERSION, Journal, JournalError, Keys, ope
 from nbinfer.frames.outcomes import Columns, Outcomes
 from nbinfer.frames.progress import Progress, QuietSink, Sink
 from nbinfer.frames.prompts import NullField
-from nbinfer.frames.work import plain
+from nbinfer.frames.work import plain, weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -137,11 +137,10 @@ def make_plan(
     """
     choice("nulls", nulls, ("skip", "empty", "error"))
     choice("cache", cache, (True, False, "refresh"))
-    info = model.info
     planner = _Planner(
-        prompt, work, Keys({**work.constants(info), "run_seed": seed}), convert, samples, seed, nulls
+        prompt, work, Keys({**work.constants(model), "run_seed": seed}), convert, samples, seed, nulls
     )
-    journal = open_journal() if cache is not False and seed is not None and info.digest else None
+    journal = open_journal() if cache is not False and seed is not None and weights(model) else None
     for start in range(0, table.rows, _CHUNK):
         stop = min(start + _CHUNK, table.rows)
         columns = table.values(prompt.columns, start, stop)
@@ -287,7 +286,7 @@ class Run:
         self.progress = Progress(plan.work.op, len(plan.row_job))
         if advice is not None:
             self.progress.notes.append(advice)
-        if plan.journal is None and plan.seed is not None and not plan.model.info.digest:
+        if plan.journal is None and plan.seed is not None and not weights(plan.model):
             self.progress.notes.append("results are not kept: the engine does not say which weights it runs.")
         self._count_known()
 
@@ -355,9 +354,8 @@ class Run:
         KeyboardInterrupt
             As it came; what is done is committed and in :meth:`frame`.
         """
-        if not self.done:
-            self.start()
         try:
+            self.start()
             return self.wait(sink=sink)
         except KeyboardInterrupt:
             self.cancel()
@@ -436,7 +434,7 @@ class Run:
         return {
             "op": plan.work.op,
             "model": engine.model,
-            "digest": engine.digest,
+            "digest": weights(plan.model),
             "backend": engine.backend,
             "backend_version": engine.version,
             "nbinfer_version": __version__,

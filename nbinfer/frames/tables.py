@@ -307,9 +307,9 @@ def _pandas_frame(
 def to_pandas(array: Any) -> Any:
     """Turn an Arrow array into the pandas array of the matching type.
 
-    Text becomes ``str``, integers ``Int8``…``Int64``, float64 ``Float64``, booleans ``boolean``,
-    dictionaries ``category``, timestamps ``datetime64``, float32 plain NumPy (NaN for missing), and
-    everything nested stays Arrow.
+    Text becomes ``str``, integers ``Int32`` and ``Int64``, float64 ``Float64``, booleans ``boolean``,
+    dictionaries ``category``, timestamps ``datetime64``, float32 plain NumPy (NaN for missing), int16 (which
+    only counts samples and is never missing) plain NumPy too, and everything nested stays Arrow.
     """
     import numpy as np
     import pandas as pd
@@ -323,8 +323,14 @@ def to_pandas(array: Any) -> Any:
         return pd.Categorical.from_codes(codes.tolist(), categories=array.dictionary.to_pylist())
     if pa.types.is_float32(kind):
         return np.array(array.to_numpy(zero_copy_only=False), dtype=np.float32)
-    nullable = {pa.int8(): "Int8", pa.int16(): "Int16", pa.int32(): "Int32", pa.int64(): "Int64"}
-    nullable |= {pa.float64(): "Float64", pa.bool_(): "boolean"}
+    nullable = {
+        pa.int32(): "Int32",
+        pa.int64(): "Int64",
+        pa.float64(): "Float64",
+        pa.bool_(): "boolean",
+    }
+    if pa.types.is_int16(kind):
+        return array.to_numpy(zero_copy_only=False)
     if kind in nullable:
         dtype: Any = pd.api.types.pandas_dtype(nullable[kind])
         return dtype.__from_arrow__(array)

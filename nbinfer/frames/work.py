@@ -43,6 +43,16 @@ class FrameModel(Protocol):
         """What the engine really uses."""
         ...
 
+    @property
+    def digest(self) -> str:
+        """The weights' digest; empty when the engine does not say which weights it runs."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What was asked for when it was loaded."""
+        ...
+
     def submit(self, request: Any) -> Stream:
         """Start a request."""
         ...
@@ -66,7 +76,7 @@ class Work(Protocol):
         """Contents per request."""
         ...
 
-    def constants(self, info: EngineInfo) -> dict[str, Any]:
+    def constants(self, model: FrameModel) -> dict[str, Any]:
         """Return what all rows share and results depend on, as JSON."""
         ...
 
@@ -103,9 +113,36 @@ class Work(Protocol):
         ...
 
 
-def weights(info: EngineInfo) -> dict[str, Any]:
-    """Return what identifies the weights behind a result."""
-    return {"backend": info.backend, "weights": info.digest}
+def weights(model: FrameModel) -> str:
+    """Return the digest of the model's weights; empty when it cannot be known."""
+    try:
+        return model.digest
+    except OSError:  # the file was removed after the load
+        return ""
+
+
+def identity(model: FrameModel) -> dict[str, Any]:
+    """Return what of the loaded model its results depend on; the chat template is in the weights' file."""
+    config = model.config
+    return {
+        "backend": model.info.backend,
+        "weights": weights(model),
+        "adapters": _adapters(config.get("lora")),
+        "kv_type": config.get("kv_type"),
+    }
+
+
+def _adapters(lora: Any) -> Any:
+    """Return the digests of adapter files, by name where they have one."""
+    from collections.abc import Mapping
+
+    from nbinfer.models.digest import file_digest
+
+    if lora is None:
+        return None
+    if isinstance(lora, Mapping):
+        return {str(name): file_digest(path) for name, path in lora.items()}
+    return file_digest(lora)
 
 
 @dataclass(frozen=True)
@@ -137,21 +174,27 @@ class CompletionWork:
         """The messages before the row's own."""
         return () if self.base.messages is None else self.base.messages[:-1]
 
-    def constants(self, info: EngineInfo) -> dict[str, Any]:
+    def constants(self, model: FrameModel) -> dict[str, Any]:
         """Return what all rows share and results depend on, as JSON."""
         base = self.base
         return {
             "op": "complete",  # extract and classify are completions too: the same question has one answer
-            **weights(info),
+            **identity(model),
             "system": [dict(m) for m in self.system],
             "raw": base.messages is None,
             "sampling": sampling_key(base.sampling),
-            "max_tokens": base.max_tokens,
+            # Without a bound of its own the answer ends where the context does.
+            "max_tokens": ["context", model.info.context_size]
+            if base.max_tokens is None
+            else base.max_tokens,
             "stop": list(base.stop),
             "constraint": None if base.constraint is None else [base.constraint.kind, base.constraint.value],
             "logprobs": base.logprobs,
             "think": base.think,
-            "reasoning_budget": base.reasoning_budget,
+            "reasoning_budget": model.config.get("reasoning_budget")
+            if base.reasoning_budget is None
+            else base.reasoning_budget,
+            "adapter": base.adapter,
         }
 
     def window(self, info: EngineInfo) -> int:
@@ -276,11 +319,11 @@ class EmbeddingWork:
     mode = Mode.EMBEDDING
     batch = TEXTS_PER_REQUEST
 
-    def constants(self, info: EngineInfo) -> dict[str, Any]:
+    def constants(self, model: FrameModel) -> dict[str, Any]:
         """Return what all rows share and results depend on, as JSON."""
         return {
             "op": "embed",
-            **weights(info),
+            **identity(model),
             "normalize": self.normalize,
             "dims": self.dims,
             "prefix": self.prefix,
@@ -338,9 +381,9 @@ class RerankWork:
     mode = Mode.RERANKING
     batch = TEXTS_PER_REQUEST
 
-    def constants(self, info: EngineInfo) -> dict[str, Any]:
+    def constants(self, model: FrameModel) -> dict[str, Any]:
         """Return what all rows share and results depend on, as JSON."""
-        return {"op": "rerank", **weights(info)}
+        return {"op": "rerank", **identity(model)}
 
     def window(self, info: EngineInfo) -> int:
         """Return how many requests to keep with the engine at once."""

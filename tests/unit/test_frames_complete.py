@@ -1,0 +1,405 @@
+"""One bad row is one bad row; equal questions are asked once; wrong calls raise before any work."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from support.fake_engine import FakeEngine, echo
+from support.frames import (
+    asked,
+    chat_model,
+    embedding_model,
+    engine_of,
+    failing_on,
+    last_text,
+)
+
+from nbinfer.contract.errors import (
+    ContextOverflow,
+    EngineClosed,
+    EngineError,
+    ModelNotFound,
+    NotSupported,
+    RequestError,
+)
+from nbinfer.contract.requests import CompletionRequest
+from nbinfer.frames import complete, last_run, submit
+from nbinfer.session import Model, session
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+pytestmark = pytest.mark.usefixtures("results_folder")
+
+ROWS = ["first", "bad one", "third"]
+
+
+def test_a_failed_row_is_a_row_and_the_others_have_their_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    out = complete(ROWS, model=chat_model(failing_on("bad", EngineError("the device\nwas lost"))))
+    assert list(out["completion"].fillna("-")) == ["first", "-", "third"]
+    assert list(out["error"].fillna("-")) == ["-", "EngineError: the device was lost", "-"]
+    assert list(out["finish_reason"]) == ["stop", "error", "stop"]
+    assert capsys.readouterr().err == "nbinfer.complete: 1 of 3 rows failed: EngineError 1\n"
+
+
+def test_an_over_long_row_in_the_middle_is_that_rows_error() -> None:
+    long = "w " * 600
+    model = chat_model(context_size=100)
+    out = complete(["short", long, "also short"], model=model)
+    assert list(out["completion"].fillna("-")) == ["short", "-", "also short"]
+    assert out["error"][1].startswith("ContextOverflow: the prompt has 602 tokens; the context holds 100")
+    assert out["prompt_tokens"][1] == 602
+    assert len(engine_of(model).requests) == 2
+
+
+def test_an_over_long_row_is_found_before_the_first_one_runs() -> None:
+    model = chat_model(context_size=100)
+    with pytest.raises(ContextOverflow):
+        complete(["short", "w " * 600], model=model, on_error="raise")
+    assert engine_of(model).requests == []
+
+
+def test_a_row_that_the_engine_refuses_is_that_rows_error() -> None:
+    class Picky(FakeEngine):
+        def submit(self, request: Any) -> Any:
+            if "bad" in last_text(request):
+                raise RequestError("this row is not for me.")
+            return super().submit(request)
+
+    out = complete(["a", "bad", "c", "d"], model=Model(Picky(), "picky"))
+    assert list(out["error"].fillna("-")) == ["-", "RequestError: this row is not for me.", "-", "-"]
+
+
+@pytest.mark.parametrize("error", [NotSupported("no grammar here."), EngineClosed("it was unloaded.")])
+def test_what_would_meet_every_row_raises_at_once(error: Exception) -> None:
+    class Refusing(FakeEngine):
+        def submit(self, request: Any) -> Any:
+            raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        complete(ROWS, model=Model(Refusing(), "refusing"))
+
+
+def test_different_rows_refused_in_the_same_words_are_a_wrong_option() -> None:
+    class Refusing(FakeEngine):
+        tries = 0
+
+        def submit(self, request: Any) -> Any:
+            self.tries += 1
+            raise RequestError("logit_bias names token 9, the vocabulary has 8.")
+
+    engine = Refusing()
+    with pytest.raises(RequestError, match="logit_bias"):
+        complete([f"row {i}" for i in range(50)], model=Model(engine, "refusing"))
+    assert engine.tries == 3
+
+
+def test_on_error_raise_raises_the_first_error_and_keeps_what_was_done() -> None:
+    model = chat_model(failing_on("bad", EngineError("lost")), parallel=1)
+    frame = pd.DataFrame({"t": ["a", "bad", "c"]}, index=["x", "y", "z"])
+    with pytest.raises(EngineError, match="lost") as caught:
+        complete(frame, on="t", model=model, on_error="raise")
+    assert "row 1 (index 'y')" in caught.value.__notes__[0]
+    assert last_run().frame()["completion"].iloc[0] == "a"
+
+
+def test_on_error_stop_returns_what_there_is() -> None:
+    model = chat_model(failing_on("bad", EngineError("lost")), parallel=1)
+    rows = ["a", "bad", *(f"c{i}" for i in range(200))]
+    out = complete(rows, model=model, on_error="stop")
+    assert len(out) == 202
+    assert out["completion"][0] == "a"
+    assert out["finish_reason"].iloc[-1] == "cancelled"
+    assert len(engine_of(model).requests) < 100
+
+
+@pytest.mark.parametrize(
+    ("nulls", "finish", "answer", "error"),
+    [
+        ("skip", "skipped", "-", "-"),
+        ("empty", "stop", "T: B: b", "-"),
+        ("error", "error", "-", "NullField: column 'title' is null in this row."),
+    ],
+)
+def test_a_null_field_follows_the_rule_for_nulls(nulls: Any, finish: str, answer: str, error: str) -> None:
+    frame = pd.DataFrame({"title": [None, "a"], "body": ["b", "b"]})
+    out = complete(frame, "T:{title} B: {body}", nulls=nulls, model=chat_model())
+    assert out["finish_reason"][0] == finish
+    assert out["completion"].fillna("-")[0].replace("T: B", "T: B") == answer
+    assert out["error"].fillna("-")[0] == error
+    assert out["completion"][1] == "T:a B: b"
+
+
+def test_a_column_of_nothing_but_nulls_asks_nothing() -> None:
+    model = chat_model()
+    out = complete(pd.DataFrame({"t": [None, None]}), on="t", model=model)
+    assert out["completion"].isna().all()
+    assert engine_of(model).requests == []
+
+
+def test_rows_that_cannot_be_rendered_are_their_own_errors() -> None:
+    out = complete(["a", {"role": "user"}, b"raw"], model=chat_model())
+    assert list(out["error"].fillna("-").str.partition(":")[0]) == ["-", "RequestError", "RequestError"]
+    frame = pd.DataFrame({"n": ["1", "x"]})
+    out = complete(frame, lambda row: f"{int(row['n'])}", model=chat_model())
+    assert out["error"].fillna("-")[1].startswith("ValueError: invalid literal")
+    out = complete(pd.DataFrame({"n": [1, "x"]}), "{n:.1f}", model=chat_model())
+    assert list(out["completion"].fillna("-")) == ["1.0", "-"]
+
+
+def test_results_go_to_their_rows_in_whatever_order_they_finish() -> None:
+    def script(request: CompletionRequest) -> Iterable[Any]:
+        # The longest text first: rows finish in the opposite order of the frame.
+        return [0.05 if "0" in last_text(request) else 0.0, *echo(request)]
+
+    rows = [f"{i % 7} row {i}" for i in range(60)]
+    out = complete(rows, model=chat_model(script, parallel=8))
+    assert list(out["completion"]) == rows
+
+
+def test_rows_with_a_common_beginning_are_asked_side_by_side() -> None:
+    model = chat_model(parallel=1)
+    complete(["b 2", "a 1", "b 1", "a 2"], model=model)
+    assert asked(model) == ["a 1", "a 2", "b 1", "b 2"]
+
+
+def test_a_window_of_rows_is_with_the_engine_not_all_of_them() -> None:
+    gate = threading.Event()
+    model = chat_model(lambda r: [gate, *echo(r)], parallel=2)
+    run = submit([f"row {i}" for i in range(500)], model=model)
+    while engine_of(model).load().running < 2:
+        pass
+    load = engine_of(model).load()
+    assert load.running + load.waiting <= 32
+    gate.set()
+    assert run.wait(60)["error"].isna().all()
+    assert all(r.priority == "batch" for r in engine_of(model).requests)
+
+
+def test_equal_questions_are_asked_once() -> None:
+    model = chat_model()
+    out = complete(pd.DataFrame({"t": ["a", "b", "a", "a"]}), on="t", model=model)
+    assert sorted(asked(model)) == ["a", "b"]
+    assert list(out["completion"]) == ["a", "b", "a", "a"]
+    assert list(out["source"]) == ["run", "run", "duplicate", "duplicate"]
+
+
+def test_without_a_seed_equal_questions_are_asked_again() -> None:
+    model = chat_model()
+    for _ in range(2):
+        out = complete(["a", "a"], temperature=0.8, seed=None, model=model)
+        assert list(out["source"]) == ["run", "run"]
+    assert len(asked(model)) == 4
+
+
+def seeds(model: Model) -> dict[str, int | None]:
+    return {
+        last_text(r): r.sampling.seed for r in engine_of(model).requests if isinstance(r, CompletionRequest)
+    }
+
+
+def test_a_rows_seed_depends_on_the_row_alone() -> None:
+    one, two, three = chat_model(), chat_model(), chat_model()
+    complete(["a", "b", "c"], temperature=1, seed=5, model=one, cache=False)
+    complete(["c", "x", "a"], temperature=1, seed=5, model=two, cache=False)
+    complete(["a"], temperature=1, seed=6, model=three, cache=False)
+    assert seeds(one)["a"] == seeds(two)["a"] != seeds(three)["a"]
+    assert len(set(seeds(one).values())) == 3
+
+
+def test_several_answers_per_row() -> None:
+    frame = pd.DataFrame({"t": ["a", None, "b"]}, index=[5, 5, 6])
+    model = chat_model()
+    out = complete(frame, on="t", n=2, temperature=0.7, model=model)
+    assert list(out.index) == [5, 5, 5, 5, 6, 6]
+    assert list(out["sample"]) == [0, 1, 0, 1, 0, 1]
+    assert out["sample"].dtype == np.int16
+    assert list(out["finish_reason"]) == ["stop"] * 2 + ["skipped"] * 2 + ["stop"] * 2
+    assert len({r.sampling.seed for r in engine_of(model).requests}) == 4  # type: ignore[union-attr]
+    with pytest.raises(RequestError, match="same answer"):
+        complete(frame, on="t", n=2, model=model)
+
+
+def test_options_reach_every_request() -> None:
+    model = chat_model()
+    complete(["a", "b"], system="short", max_tokens=7, stop=["\n"], top_p=0.5, temperature=0.3, model=model)
+    for request in engine_of(model).requests:
+        assert isinstance(request, CompletionRequest)
+        assert request.messages is not None
+        assert request.messages[0] == {"role": "system", "content": "short"}
+        assert (request.max_tokens, request.stop, request.sampling.top_p) == (7, ("\n",), 0.5)
+    raw = chat_model()
+    complete(["a"], raw=True, model=raw)
+    assert [r.prompt for r in engine_of(raw).requests if isinstance(r, CompletionRequest)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temprature": 1},
+        {"top_p": 2},
+        {"max_tokens": 0},
+        {"on_error": "ignore"},
+        {"nulls": "drop"},
+        {"cache": "yes"},
+        {"cache": 1},
+        {"n": 0},
+        {"too_long": "middle"},
+        {"choices": []},
+        {"progress": "yes"},
+    ],
+)
+def test_a_wrong_option_raises_before_any_work(options: dict[str, Any]) -> None:
+    model = chat_model()
+    with pytest.raises(RequestError):
+        complete(["a"], model=model, **options)
+    assert engine_of(model).requests == []
+
+
+def test_a_cut_answer_is_not_an_error_unless_a_rule_was_given() -> None:
+    out = complete(["one two three"], max_tokens=2, model=chat_model())
+    assert (out["completion"][0], out["finish_reason"][0], out["error"].isna()[0]) == (
+        "one two ",
+        "length",
+        True,
+    )
+    cut = chat_model(lambda r: ['{"a"', ":", "1", "}"])
+    out = complete(["x"], schema={"type": "object"}, max_tokens=2, model=cut)
+    assert out["completion"].isna()[0]
+    assert out["error"][0].startswith("Truncated: the answer reached max_tokens=2")
+    assert out["finish_reason"][0] == "length"
+
+
+def test_choices_reach_the_engine_and_an_unfit_answer_is_an_error() -> None:
+    model = chat_model()
+    out = complete(["is it red?", "is it blue?"], choices=["red", "blue"], model=model)
+    assert list(out["completion"]) == ["red", "blue"]
+    broken = complete(["x"], schema={"type": "object"}, model=chat_model(["not json"]))
+    assert broken["error"][0].startswith("SchemaError: the answer is not valid JSON")
+
+
+def test_logprobs_become_columns() -> None:
+    out = complete(["one two", None], logprobs=2, model=chat_model())
+    assert out["mean_logprob"].dtype == np.float32
+    assert out["mean_logprob"][0] == pytest.approx(-0.1)
+    assert [t["token"] for t in out["logprobs"][0]] == ["one ", "two"]
+    assert [t["token"] for t in out["logprobs"][0][0]["top"]] == ["one ", "one 1"]
+    assert out["mean_logprob"].isna()[1]
+    again = complete(["one two", None], logprobs=2, model=chat_model())
+    assert again["source"][0] == "cache"
+    assert again["logprobs"][0] == out["logprobs"][0]
+
+
+def test_a_model_of_another_mode_is_refused() -> None:
+    with pytest.raises(NotSupported, match="needs completion"):
+        complete(["a"], model=embedding_model())
+
+
+def test_the_model_is_the_named_or_the_only_loaded_one() -> None:
+    with pytest.raises(ModelNotFound):
+        complete(["a"])
+    model = chat_model()
+    session.add(model)
+    try:
+        assert complete(["a"])["completion"][0] == "a"
+        assert complete(["b"], model="fake")["completion"][0] == "b"
+    finally:
+        model.unload()
+
+
+def test_a_model_that_is_unloaded_in_between_ends_the_run_and_keeps_its_rows() -> None:
+    gate = threading.Event()
+    model = chat_model(lambda r: [gate, *echo(r)] if "slow" in last_text(r) else echo(r), parallel=2)
+    run = submit(["a", "slow", "b"], model=model)
+    while run.progress.done < 2:
+        pass
+    model.engine.close()
+    with pytest.raises(EngineClosed):
+        run.wait(30)
+    assert list(run.frame()["finish_reason"]) == ["stop", "cancelled", "stop"]
+
+
+# -- a run in the background --------------------------------------------------------------------------------
+
+
+def test_a_background_run_shows_its_frame_at_any_time() -> None:
+    gate = threading.Event()
+    model = chat_model(lambda r: [gate, *echo(r)] if "slow" in last_text(r) else echo(r), parallel=2)
+    run = submit(["quick", "slow"], model=model)
+    assert last_run() is run
+    while run.progress.done < 1:
+        pass
+    half = run.frame()
+    assert list(half["completion"].fillna("-")) == ["quick", "-"]
+    assert half["finish_reason"].isna()[1]
+    assert not run.done
+    with pytest.raises(TimeoutError):
+        run.wait(0.01)
+    with pytest.raises(RequestError, match="not over"):
+        run.retry_failed()
+    gate.set()
+    assert list(run.wait(30)["completion"]) == ["quick", "slow"]
+    assert "2/2 rows done" in repr(run)
+
+
+def test_a_cancelled_run_keeps_its_rows_and_can_go_on() -> None:
+    gate = threading.Event()
+    model = chat_model(lambda r: [gate, *echo(r)] if "slow" in last_text(r) else echo(r), parallel=2)
+    run = submit(["quick", "slow"], model=model)
+    while run.progress.done < 1:
+        pass
+    run.cancel()
+    out = run.wait(30)
+    assert list(out["finish_reason"]) == ["stop", "cancelled"]
+    assert out["error"].isna().all()
+    assert engine_of(model).cancelled == 1
+    gate.set()
+    assert list(run.retry_failed().wait(30)["completion"]) == ["quick", "slow"]
+    assert asked(model) == ["quick", "slow", "slow"]
+
+
+def test_retry_asks_only_for_what_failed() -> None:
+    tries: list[str] = []
+
+    def script(request: CompletionRequest) -> Iterable[Any]:
+        text = last_text(request)
+        tries.append(text)
+        return [EngineError("once")] if text == "flaky" and tries.count("flaky") == 1 else echo(request)
+
+    frame = pd.DataFrame({"t": ["a", "flaky", None, "flaky"]})
+    model = chat_model(script)
+    run = submit(frame, model=model, on="t")
+    assert run.wait(30)["error"].notna().sum() == 2
+    out = run.retry_failed().wait(30)
+    assert list(out["completion"].fillna("-")) == ["a", "flaky", "-", "flaky"]
+    assert out["error"].isna().all()
+    assert sorted(tries) == ["a", "flaky", "flaky"]
+
+
+def test_iterating_a_run_gives_every_row_once_as_it_finishes() -> None:
+    gate = threading.Event()
+    model = chat_model(lambda r: [gate, *echo(r)] if "slow" in last_text(r) else echo(r), parallel=2)
+    frame = pd.DataFrame({"t": ["slow", "a", "b", "a"]}, index=list("wxyz"))
+    parts = []
+    for part in submit(frame, on="t", model=model):
+        parts.append(part)
+        gate.set()
+    together = pd.concat(parts)
+    assert sorted(together.index) == list("wxyz")
+    assert parts[-1].index[-1] == "w"
+    assert together.loc["z", "source"] == "duplicate"
+
+
+def test_an_unknown_operation_is_refused() -> None:
+    with pytest.raises(RequestError, match="'complete'"):
+        submit(["a"], operation="compleat", model=chat_model())
+
+
+def test_last_run_before_any_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbinfer.frames.run._last", None)
+    with pytest.raises(RequestError, match="nothing has run yet"):
+        last_run()

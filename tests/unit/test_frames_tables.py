@@ -1,0 +1,303 @@
+"""The rows that come in go out: family, order, index, and the types of the columns beside the results."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+from support.frames import chat_model
+
+from nbinfer.contract.errors import RequestError
+from nbinfer.frames import complete
+from nbinfer.frames.tables import read
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.usefixtures("results_folder")
+
+RESULTS = [
+    "completion",
+    "error",
+    "finish_reason",
+    "prompt_tokens",
+    "cached_tokens",
+    "completion_tokens",
+    "seconds",
+    "source",
+]
+TEXTS = ["one", None, "two words", "one", ""]
+
+FAMILIES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], type]] = {
+    "pandas": (pd.DataFrame, lambda f: f, pd.DataFrame),
+    "polars": (pl.DataFrame, lambda f: f.to_pandas(), pl.DataFrame),
+    "pyarrow": (pa.table, lambda f: f.to_pandas(), pa.Table),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_family_comes_back_with_the_same_results(family: str) -> None:
+    make, to_pandas, kind = FAMILIES[family]
+    out = complete(make({"text": TEXTS}), on="text", model=chat_model())
+    assert isinstance(out, kind)
+    plain = to_pandas(out)
+    assert list(plain.columns) == ["text", *RESULTS]
+    answers = plain["completion"].astype(object).where(plain["completion"].notna(), None)
+    assert list(answers) == ["one", None, "two words", "one", ""]
+    assert list(plain["finish_reason"].astype(object))[:2] == ["stop", "skipped"]
+    assert [s if isinstance(s, str) else None for s in plain["source"]] == [
+        "run",
+        None,
+        "run",
+        "duplicate",
+        "run",
+    ]
+
+
+def test_the_types_of_the_results_are_fixed_in_every_family() -> None:
+    model = chat_model()
+    for rows in (TEXTS, [], [None, None]):
+        frame = complete(pd.DataFrame({"text": pd.Series(rows, dtype="str")}), on="text", model=model)
+        assert [str(t) for t in frame.dtypes[1:]] == [
+            "str",
+            "str",
+            "category",
+            "Int32",
+            "Int32",
+            "Int32",
+            "float32",
+            "category",
+        ]
+        assert list(frame["finish_reason"].cat.categories) == [
+            "stop",
+            "length",
+            "error",
+            "skipped",
+            "cancelled",
+        ]
+        assert list(frame["source"].cat.categories) == ["run", "cache", "duplicate"]
+        schema = complete(
+            pl.DataFrame({"text": rows}, schema={"text": pl.String}), on="text", model=model
+        ).schema
+        assert [schema[c] for c in RESULTS] == [
+            pl.String,
+            pl.String,
+            pl.Enum(["stop", "length", "error", "skipped", "cancelled"]),
+            pl.Int32,
+            pl.Int32,
+            pl.Int32,
+            pl.Float32,
+            pl.Enum(["run", "cache", "duplicate"]),
+        ]
+        table = complete(pa.table({"text": pa.array(rows, pa.string())}), on="text", model=model)
+        assert [table.schema.field(c).type for c in RESULTS] == [
+            pa.large_string(),
+            pa.large_string(),
+            pa.dictionary(pa.int8(), pa.string()),
+            pa.int32(),
+            pa.int32(),
+            pa.int32(),
+            pa.float32(),
+            pa.dictionary(pa.int8(), pa.string()),
+        ]
+
+
+INDEXES: dict[str, pd.Index[Any]] = {
+    "duplicates": pd.Index(["a", "a", "b", "a", "b"], name="key"),
+    "dates": pd.date_range("2024-01-01", periods=5),
+    "levels": pd.MultiIndex.from_tuples([("x", 1), ("x", 1), ("y", 2), ("z", 1), ("x", 2)], names=["l", "n"]),
+    "unsorted": pd.Index([9, 3, 7, 1, 5]),
+}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_the_index_is_kept_whatever_it_is(name: str) -> None:
+    index = INDEXES[name]
+    frame = pd.DataFrame({"text": TEXTS}, index=index)
+    out = complete(frame, on="text", model=chat_model())
+    pd.testing.assert_index_equal(out.index, index)
+    assert list(out["completion"].fillna("-")) == ["one", "-", "two words", "one", ""]
+    alone = complete(frame["text"], model=chat_model())
+    pd.testing.assert_index_equal(alone.index, index)
+    assert list(alone.columns) == RESULTS
+
+
+def test_columns_beside_the_results_are_untouched() -> None:
+    frame = pd.DataFrame(
+        {
+            "text": ["a", "b"],
+            "cat": pd.Categorical(["x", None], categories=["y", "x"], ordered=True),
+            "when": pd.DatetimeIndex(["2024-01-01", "NaT"], tz="Europe/Paris"),
+            "int": pd.array([1, None], dtype="Int64"),
+            "flag": pd.array([True, None], dtype="boolean"),
+            "object": [{"k": [1]}, (1, 2)],
+            "arrow": pd.arrays.ArrowExtensionArray(pa.array([[1], None], pa.list_(pa.int8()))),
+            7: [1, 2],
+        },
+    )
+    before = frame.copy(deep=True)
+    out = complete(frame, on="text", model=chat_model())
+    pd.testing.assert_frame_equal(out[list(frame.columns)], before)
+    pd.testing.assert_frame_equal(frame, before)
+    assert out["object"].iloc[1] is frame["object"].iloc[1]
+    polars = pl.DataFrame(
+        {
+            "text": ["a"],
+            "cat": pl.Series(["x"], dtype=pl.Categorical),
+            "when": [datetime(2024, 1, 1, tzinfo=UTC)],
+        },
+    )
+    kept = complete(polars, on="text", model=chat_model())
+    assert kept.select(polars.columns).equals(polars)
+    assert kept.schema["cat"] == polars.schema["cat"]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pd.Series(["a", None, np.nan]),
+        pd.Series(["a", None, np.nan], dtype=object),
+        pd.Series(["a", None, pd.NA], dtype="string"),
+        pd.Series(["a", None, None], dtype="category"),
+        pd.Series(["a", None, None], dtype=pd.ArrowDtype(pa.string())),
+        pl.Series(["a", None, None]),
+        pa.chunked_array([["a"], [None, None]]),
+        pa.array(["a", None, None]),
+        ["a", None, float("nan")],
+        ("a", None, pd.NA),
+    ],
+    ids=lambda c: f"{type(c).__module__.split('.')[0]}-{getattr(c, 'dtype', type(c).__name__)}",
+)
+def test_a_missing_value_never_reaches_the_model_as_text(column: Any) -> None:
+    table = read(column)
+    assert table.values(table.names, 0, 3) == [["a", None, None]]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pd.Series([1.5, np.nan]),
+        pd.Series([1.5, None], dtype="Float64"),
+        pl.Series([1.5, float("nan")]),
+        [1.5, None],
+    ],
+)
+def test_a_float_nan_is_missing_too(column: Any) -> None:
+    table = read(column)
+    assert table.values(table.names, 0, 2) == [[1.5, None]]
+
+
+def test_missing_dates_are_missing() -> None:
+    table = read(pd.Series([pd.Timestamp("2024-01-01"), pd.NaT]))
+    assert table.values(table.names, 0, 2)[0][1] is None
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ("text", "one str"),
+        ({"a": 1}, "one dict"),
+        (7, "builtins.int"),
+        (pl.LazyFrame({"a": ["x"]}), "collect"),
+        (pd.DataFrame([["x", "y"]], columns=["a", "a"]), "repeat: 'a'"),
+        (pa.table([["x"], ["y"]], names=["a", "a"]), "repeat: 'a'"),
+        (iter(["a"]), "it is a list"),
+        (np.array([["a"]]), "it is a list"),
+    ],
+)
+def test_other_data_is_refused_in_words(data: Any, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        read(data)
+
+
+@pytest.mark.parametrize(
+    "index", [pd.Index(["a", "b"]), np.array(["a", "b"]), np.array(["a", "b"], dtype=object)]
+)
+def test_other_sequences_of_text_are_read(index: Any) -> None:
+    assert list(complete(index, model=chat_model())["completion"]) == ["a", "b"]
+
+
+def test_a_taken_name_raises_before_any_work() -> None:
+    model = chat_model()
+    for columns, name, says in (
+        (["text", "completion"], "completion", "already has a column 'completion'"),
+        (["text", "error", "completion_error"], "completion", "'completion_error'"),
+        (["text"], "error", "'error' twice"),
+        (["text"], "text", "already has a column 'text'"),
+    ):
+        frame = pd.DataFrame([["x"] * len(columns)], columns=columns)
+        with pytest.raises(RequestError, match=says):
+            complete(frame, on="text", name=name, model=model)
+    assert model.engine.load().running == 0
+    assert (
+        complete(pd.DataFrame({"text": ["x"]}), on="text", name="text", keep=False, model=model).columns[0]
+        == "text"
+    )
+
+
+def test_two_calls_on_one_frame_keep_their_columns_apart() -> None:
+    frame = pd.DataFrame({"text": ["a", "b"]})
+    first = complete(frame, on="text", model=chat_model())
+    both = complete(first, "again {text}", name="second", model=chat_model())
+    assert list(both.columns) == ["text", *RESULTS, "second", *(f"second_{c}" for c in RESULTS[1:])]
+    assert list(both["second"]) == ["again a", "again b"]
+
+
+def test_provenance_is_plain_json_and_survives_concat_and_parquet(tmp_path: Any) -> None:
+    frame = pd.DataFrame({"text": ["a", "b"]})
+    frame.attrs["mine"] = {"kept": True}
+    out = complete(frame, "say {text}", system="be brief", model=chat_model())
+    info = out.attrs["nbinfer"]
+    assert json.loads(json.dumps(info)) == info
+    assert info["op"] == "complete"
+    assert info["template"] == "say {text}"
+    assert info["params"]["system"] == "be brief"
+    assert info["digest"].startswith("sha256:")
+    assert (info["rows"], info["failed"], info["columns"][0]) == (2, 0, "completion")
+    assert out.attrs["mine"] == {"kept": True}
+    assert "nbinfer" not in frame.attrs
+    assert pd.concat([out, out]).attrs["nbinfer"] == info
+    out.to_parquet(tmp_path / "out.parquet")
+    back = pd.read_parquet(tmp_path / "out.parquet")
+    assert back.attrs["nbinfer"] == info
+    assert list(back["completion"]) == ["say a", "say b"]
+    twice = complete(out, on="text", name="second", model=chat_model())
+    assert twice.attrs["nbinfer"]["columns"][0] == "second"
+    assert [e["columns"][0] for e in twice.attrs["nbinfer"]["earlier"]] == ["completion"]
+
+
+def test_arrow_carries_the_provenance_in_its_schema() -> None:
+    table = pa.table({"text": ["a"]}).replace_schema_metadata({"other": "kept"})
+    out = complete(table, on="text", model=chat_model())
+    assert json.loads(out.schema.metadata[b"nbinfer"])["op"] == "complete"
+    assert out.schema.metadata[b"other"] == b"kept"
+
+
+def test_an_empty_frame_comes_back_empty() -> None:
+    for data in (
+        pd.DataFrame({"text": []}),
+        pl.DataFrame({"text": []}),
+        pa.table({"text": pa.array([], pa.string())}),
+    ):
+        assert len(complete(data, on="text", model=chat_model())) == 0
+    assert len(complete([], model=chat_model())) == 0
+
+
+def test_a_column_of_conversations_is_sent_as_conversations() -> None:
+    talk = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes?"},
+        {"role": "user", "content": "bye"},
+    ]
+    for data in (pd.DataFrame({"m": [talk]}), pl.DataFrame({"m": [talk]}), pa.table({"m": [talk]})):
+        model = chat_model()
+        out = complete(data, on="m", system="short", model=model, cache=False)
+        request: Any = model.engine.requests[0]  # type: ignore[attr-defined]
+        assert [m["role"] for m in request.messages] == ["system", "user", "assistant", "user"]
+        assert str(out["completion"][0]) == "bye"
