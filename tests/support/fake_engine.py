@@ -62,7 +62,6 @@ Script: TypeAlias = list[str] | Callable[[CompletionRequest], Iterable[Any]]
 _MODES: dict[type, Mode] = {
     CompletionRequest: Mode.COMPLETION,
     ScoreRequest: Mode.COMPLETION,
-    ScoreRequest: Mode.COMPLETION,
     EmbeddingRequest: Mode.EMBEDDING,
     RerankRequest: Mode.RERANKING,
 }
@@ -101,11 +100,6 @@ def _digest(text: str) -> bytes:
 
 def _noise(text: str, dimensions: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     return np.random.default_rng(int.from_bytes(_digest(text), "big")).standard_normal(dimensions)
-
-
-def score(text: str, answer: str) -> float:
-    """Return the fake's log-probability of an answer: high when the prompt names it, the same everywhere."""
-    return -0.5 if answer in text else -2.0 - _digest(answer + text)[0] / 256
 
 
 def _last_text(request: CompletionRequest) -> str:
@@ -252,9 +246,6 @@ class FakeEngine:
                 raise NotSupported("the fake engine gives one answer per request.")
             # The answer needs room for one token at least.
             longest, limit = self.render(request)[1], self._info.context_size - 1
-        elif isinstance(request, ScoreRequest):
-            longest = self.render(request.question())[1] + max(map(count_tokens, request.answers))
-            limit = self._info.context_size
         elif isinstance(request, EmbeddingRequest):
             longest, limit = max(map(count_tokens, request.texts), default=0), self._info.context_size
         else:
@@ -339,14 +330,6 @@ class FakeEngine:
                 n_tokens=counts,
                 model=self._info.model,
                 seconds=seconds,
-            )
-        if isinstance(request, ScoreRequest):
-            question = request.question()
-            return ScoreResult(
-                logprobs=np.array([score(_last_text(question), answer) for answer in request.answers]),
-                prompt_tokens=self.render(question)[1],
-                model=self._info.model,
-                seconds=time.perf_counter() - began,
             )
         return self._complete(job, request, began)
 
