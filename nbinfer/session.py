@@ -615,6 +615,8 @@ def load(
         **backend_options,
     }
     asked = {key: value for key, value in options.items() if value is not None}
+    if resolved.projector is not None and actual_mode == Mode.COMPLETION:
+        asked.setdefault("projector", resolved.projector)
     name = name or resolved.name
     known = session.find(name)
     if known is not None and (known.path, known.mode, dict(known.config)) == (

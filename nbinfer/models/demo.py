@@ -49,7 +49,24 @@ def demo_path() -> Path:
     ModelNotFound
         The installed package lacks the file.
     """
-    path = Path(__file__).parent / "data" / "tiny-chat-q8_0.gguf"
+    return _packaged("tiny-chat-q8_0.gguf")
+
+
+def demo_vision_path() -> Path:
+    """Return the path of the vision model ``demo-vision`` (GGUF, f16, 2 MB); its projector lies beside it.
+
+    It tells the colours of a simple shape and of its background.
+
+    Raises
+    ------
+    ModelNotFound
+        The installed package lacks the file.
+    """
+    return _packaged("tiny-vision-f16.gguf")
+
+
+def _packaged(name: str) -> Path:
+    path = Path(__file__).parent / "data" / name
     if not path.is_file():
         raise ModelNotFound(
             f"the demo model is missing from this installation ({path}).\n"
@@ -98,7 +115,11 @@ def demo_embed_path() -> Path:
     return target
 
 
-DEMO_MODELS: Mapping[str, Callable[[], Path]] = {"demo": demo_path, "demo-embed": demo_embed_path}
+DEMO_MODELS: Mapping[str, Callable[[], Path]] = {
+    "demo": demo_path,
+    "demo-embed": demo_embed_path,
+    "demo-vision": demo_vision_path,
+}
 """Each demo model's name, and the function that finds its file or makes it."""
 
 

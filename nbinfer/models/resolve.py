@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,7 +86,8 @@ def resolve(ref: str | os.PathLike[str], *, aliases: Mapping[str, str] | None = 
     target = _unalias(text, aliases)
     if target in DEMO_MODELS:
         path = DEMO_MODELS[target]()
-        return ResolvedModel(ref=text, name=target, path=path, paths=(path,), source="demo")
+        found = from_path(path, ref=text, source="demo")
+        return replace(found, name=target)
     path = Path(target).expanduser()
     if path.exists():
         return from_path(path, ref=text)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from nbinfer.contract.modes import Mode
     from nbinfer.engines.llamacpp.context import ContextSettings
+    from nbinfer.engines.llamacpp.media import Projector
     from nbinfer.engines.llamacpp.speculate import Drafter, Speculation
     from nbinfer.engines.llamacpp.weights import Weights
     from nbinfer.engines.protocol import Engine
@@ -48,6 +49,7 @@ def open_engine(
     reasoning_budget: int | None = None,
     exact: bool = False,
     speculative: Speculative | None = None,
+    projector: Path | None = None,
     lora: str | Path | Mapping[str, str | Path] | None = None,
     digest: str = "",
     on_progress: Callable[[float], None] | None = None,
@@ -78,6 +80,8 @@ def open_engine(
         shared prefixes.
     speculative
         Guess tokens ahead and check them together; the text stays what it is.
+    projector
+        The image encoder (``mmproj`` file) of a vision model.
     lora
         A LoRA adapter file that is always on, or files by name: a request then says ``adapter=name``.
 
@@ -118,8 +122,10 @@ def open_engine(
 
             described |= {"reasoning_budget": reasoning_budget, "exact": exact}
             adapters = None if lora is None else Adapters(weights, _adapter_files(lora))
+            encoder = None if projector is None else _projector(weights, projector, settings)
             guesser = None if speculative is None else _speculation(speculative, weights, settings)
-            return CompletionEngine(weights, settings, speculation=guesser, adapters=adapters, **described)
+            described |= {"speculation": guesser, "adapters": adapters, "projector": encoder}
+            return CompletionEngine(weights, settings, **described)
         if mode in ("embedding", "reranking"):
             from nbinfer.engines.llamacpp.pooled import PooledEngine
 
@@ -133,6 +139,13 @@ def open_engine(
     raise NotSupported(
         f"llama.cpp does not serve mode {mode!r}: it can do completion, embedding and reranking."
     )
+
+
+def _projector(weights: Weights, path: Path, settings: ContextSettings) -> Projector:
+    from nbinfer.engines.llamacpp.library import default_threads
+    from nbinfer.engines.llamacpp.media import Projector
+
+    return Projector(weights, path, threads=settings.threads or default_threads())
 
 
 def _adapter_files(lora: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:

@@ -31,6 +31,7 @@ from nbinfer.contract.errors import (
     EngineError,
     NbinferError,
     NotSupported,
+    RequestError,
     SchemaError,
 )
 from nbinfer.contract.modes import Mode
@@ -47,6 +48,7 @@ from nbinfer.contract.results import (
 from nbinfer.engines.llamacpp.adapters import Adapters
 from nbinfer.engines.llamacpp.constrain import Constrainer
 from nbinfer.engines.llamacpp.context import ABORTED, NO_SPACE, Context, engine_version
+from nbinfer.engines.llamacpp.media import has_images, take_images
 from nbinfer.engines.llamacpp.sampling import Sampler, logprob_of
 from nbinfer.engines.llamacpp.speculate import Tally
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
@@ -60,9 +62,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from nbinfer.contract.requests import CompletionRequest, Request, ScoreRequest
+    from nbinfer.contract.requests import CompletionRequest, Message, Request, ScoreRequest
     from nbinfer.contract.results import FinishReason
     from nbinfer.engines.llamacpp.context import ContextSettings
+    from nbinfer.engines.llamacpp.media import Media, Projector
     from nbinfer.engines.llamacpp.speculate import Speculation
     from nbinfer.engines.llamacpp.weights import Weights
 
@@ -107,6 +110,7 @@ class Sequence:
     reasoning: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     adapter: str | None = None
+    media: Media | None = None
     scores: Scores | None = None
     script: list[int] = field(default_factory=list)
     answer_index: int = 0
@@ -170,12 +174,14 @@ class CompletionEngine:
         exact: bool = False,
         speculation: Speculation | None = None,
         adapters: Adapters | None = None,
+        projector: Projector | None = None,
     ) -> None:
         self._weights = weights
         # A recurrent state is paid for per sequence; elsewhere a sequence costs one row of logits.
         usual = 1 if weights.has_recurrent_state else DEFAULT_PARALLEL
         parallel = 1 if exact else settings.parallel or usual
         self._speculation = speculation
+        self._projector = projector
         self._adapters = adapters or Adapters(weights, {})
         extra = speculation.num_tokens if speculation else 0
         self._context = Context(weights, settings, parallel=parallel, extra_outputs=extra)
@@ -240,13 +246,21 @@ class CompletionEngine:
             )
         if request.n != 1:
             raise NotSupported("one request gives one answer here: submit it n times with different seeds.")
-        if request.images:
-            raise NotSupported(f"{self._name} is loaded without a vision projector: it cannot take images.")
+        if has_images(request) and self._projector is None:
+            raise NotSupported(
+                f"{self._name} has no image encoder: load a vision model, with its mmproj file beside it.",
+            )
         with self._weights.in_use():
             return self._start(request)
 
     def _start(self, request: CompletionRequest) -> Stream:
-        text, tokens = self._prompt_of(request)
+        media: Media | None = None
+        if has_images(request):
+            text, media = self._cut(request)
+            tokens = media.placeholders
+            self._check_length(media.n_tokens)
+        else:
+            text, tokens = self._prompt_of(request)
         self._check_length(len(tokens))
         room = self.info.context_size - len(tokens)
         seed = secrets.randbits(32) if request.sampling.seed is None else request.sampling.seed
@@ -267,6 +281,7 @@ class CompletionEngine:
             ),
             seed=seed,
             limit=min(room, request.max_tokens or room),
+            media=media,
             adapter=self._adapters.choose(request.adapter),
             submitted=time.perf_counter(),
         )
@@ -352,25 +367,36 @@ class CompletionEngine:
         if request.prompt is not None:
             return request.prompt, weights.tokenize(request.prompt, special=True, add_special=True)
         messages = request.messages or ()
+        alone = len(messages) == 1 and messages[0]["role"] == "user"
+        if self._template is None and alone and isinstance(messages[0].get("content"), str):
+            text = messages[0]["content"]
+            return text, weights.tokenize(text, special=True, add_special=True)
+        text = self._rendered(messages, request)
+        return text, weights.tokenize(text, special=True, add_special=self._adds_bos(text))
+
+    def _rendered(self, messages: tuple[Message, ...], request: CompletionRequest) -> str:
         if self._template is None:
-            if (
-                len(messages) == 1
-                and messages[0]["role"] == "user"
-                and isinstance(messages[0].get("content"), str)
-            ):
-                text = messages[0]["content"]
-                return text, weights.tokenize(text, special=True, add_special=True)
             raise NotSupported(
                 f"{self._name} has no chat template: it is a base model that continues text.\n"
                 "Send one prompt without a system message, or use raw=True.",
             )
         think = False if request.think is None and self._budget(request) == 0 else request.think
         variables = {} if think is None else {"enable_thinking": think}
-        text = self._template.render(messages, tools=request.tools, **variables)
-        # Many templates write the beginning token themselves; it must not come twice.
-        bos = self._template.bos_token
-        add = weights.adds_bos and not (bos and text.startswith(bos))
-        return text, weights.tokenize(text, special=True, add_special=add)
+        return self._template.render(messages, tools=request.tools, **variables)
+
+    def _adds_bos(self, text: str) -> bool:
+        """Many templates write the beginning token themselves; it must not come twice."""
+        bos = self._weights.special_text("bos")
+        return self._weights.adds_bos and not (bos and text.startswith(bos))
+
+    def _cut(self, request: CompletionRequest) -> tuple[str, Media]:
+        """A prompt with images: its text, with markers, and its pieces."""
+        assert self._projector is not None  # noqa: S101 - submit has checked
+        messages, images = take_images(request)
+        if not messages:
+            raise RequestError("images go with messages, not with a raw prompt.")
+        text = self._rendered(messages, request)
+        return text, self._projector.cut(text, images, add_special=self._adds_bos(text))
 
     def _budget(self, request: CompletionRequest) -> int | None:
         """Tokens of reasoning allowed; None or -1 is no limit."""
@@ -384,8 +410,6 @@ class CompletionEngine:
     def _check_length(self, n: int) -> None:
         size = self.info.context_size
         if n == 0:
-            from nbinfer.contract.errors import RequestError
-
             raise RequestError("the prompt is empty: it has no tokens.")
         if n >= size:
             trained = self.info.trained_context_size or 0
@@ -423,8 +447,9 @@ class CompletionEngine:
             self._fail_all(e if isinstance(e, NbinferError) else EngineError(f"the engine stopped: {e!r}"))
         finally:
             self._fail_all(EngineClosed(f"{self._name} was unloaded while the request ran."))
-            if self._speculation is not None:
-                self._speculation.close()
+            for part in (self._speculation, self._projector):
+                if part is not None:
+                    part.close()
             self._context.close()
             self._weights.close()
 
@@ -576,6 +601,10 @@ class CompletionEngine:
         if self._step % BATCH_TURN and any(s.interactive for s in active):
             active = [s for s in active if s.interactive]
         active = self._one_adapter(active)
+        unfed = next((s for s in active if s.media is not None and s.position == 0), None)
+        if unfed is not None:
+            self._feed(unfed)
+            return
         began = time.perf_counter()
         planned = list(self._plan(active))
         with self._wake:
@@ -595,6 +624,20 @@ class CompletionEngine:
                     self._finish(sequence, "length")
         else:
             self._take_outcome(planned, began)
+
+    def _feed(self, sequence: Sequence) -> None:
+        """Put a prompt with images into the context, by itself: mtmd does all its decoding."""
+        assert sequence.media is not None  # noqa: S101 - the caller chose it for that
+        assert self._projector is not None  # noqa: S101 - submit has checked
+        if not self._projector.feed(
+            self._context.pointer, sequence.media, sequence.slot, self._context.n_batch
+        ):
+            self._context.drop(sequence.slot)
+            if not self._make_room():
+                self._finish(sequence, "error", EngineError("the images could not be read into the context."))
+            return
+        self._prompt_tokens += sequence.media.n_tokens
+        self._after_decode(sequence, len(sequence.prompt), -1, time.perf_counter())
 
     def _one_adapter(self, active: list[Sequence]) -> list[Sequence]:
         """One batch runs under one adapter: take turns between those in use."""
@@ -649,7 +692,7 @@ class CompletionEngine:
 
     def _guess(self, sequence: Sequence) -> list[int]:
         """Tokens that may come next, for the model to check; only where one sequence runs alone."""
-        if self._speculation is None or sequence.scores is not None:
+        if self._speculation is None or sequence.scores is not None or sequence.media is not None:
             return []
         room = sequence.limit - len(sequence.generated) - 1
         return self._speculation.propose(sequence.tokens(0, sequence.length), room)
@@ -777,7 +820,7 @@ class CompletionEngine:
             slot = self._slots[sequence.slot]
             slot.sequence = None
             slot.released = time.perf_counter()
-            if self._shares_prefixes and reason != "error":
+            if self._shares_prefixes and reason != "error" and sequence.media is None:
                 slot.held = sequence.tokens(0, sequence.position).copy()
             else:
                 self._empty(slot)

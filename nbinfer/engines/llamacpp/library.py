@@ -64,7 +64,17 @@ class LogBuffer:
 
 
 LOG = LogBuffer()
-_keep_alive: list[Any] = []
+
+
+@cache
+def log_callback(lib: ModuleType) -> Any:
+    """The C function that writes to :data:`LOG`; cached, so that it outlives every library that calls it."""
+
+    @lib.llama_log_callback  # type: ignore[misc]
+    def on_log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
+        LOG.append(level, text.decode("utf-8", "replace"))
+
+    return on_log
 
 
 @cache
@@ -93,12 +103,7 @@ def library() -> ModuleType:
         if absent:
             os.environ.pop("OMP_WAIT_POLICY", None)
 
-    @llama_cpp.llama_log_callback  # type: ignore[misc]
-    def on_log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
-        LOG.append(level, text.decode("utf-8", "replace"))
-
-    llama_cpp.llama_log_set(on_log, ctypes.c_void_p(0))
-    _keep_alive.append(on_log)
+    llama_cpp.llama_log_set(log_callback(llama_cpp), ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     module: ModuleType = llama_cpp
     return module
