@@ -64,12 +64,68 @@ except OSError as error:
 """
 
 
+def _whole(value: str) -> int:
+    return int(value)
+
+
+def _switch(value: str) -> bool | None:
+    return {"on": True, "1": True, "true": True, "off": False, "0": False, "false": False, "auto": None}[value]
+
+
+def _split(value: str) -> list[float]:
+    return [float(part) for part in value.split(",")]
+
+
+# Flags of llama.cpp's own server: the engine's option, and how its value is read (None: it takes none).
+_FLAGS: dict[str, tuple[str, Callable[[str], Any] | None]] = {
+    **dict.fromkeys(("--threads", "-t"), ("threads", _whole)),
+    **dict.fromkeys(("--ctx-size", "-c"), ("context_size", _whole)),
+    **dict.fromkeys(("--parallel", "-np"), ("parallel", _whole)),
+    **dict.fromkeys(("--gpu-layers", "--n-gpu-layers", "-ngl"), ("gpu_layers", _whole)),
+    **dict.fromkeys(("--batch-size", "-b"), ("batch_size", _whole)),
+    **dict.fromkeys(("--ubatch-size", "-ub"), ("micro_batch", _whole)),
+    **dict.fromkeys(("--flash-attn", "-fa"), ("flash_attention", _switch)),
+    **dict.fromkeys(("--cache-type-k", "-ctk", "--cache-type-v", "-ctv"), ("kv_type", str)),
+    **dict.fromkeys(("--main-gpu", "-mg"), ("main_gpu", _whole)),
+    **dict.fromkeys(("--tensor-split", "-ts"), ("tensor_split", _split)),
+    "--reasoning-budget": ("reasoning_budget", _whole),
+    "--no-mmap": ("mmap", None),
+}
+
+
+def flag_options(flags: Sequence[str]) -> dict[str, Any]:
+    """Return the engine's options that a list of llama.cpp's flags stands for.
+
+    Raises
+    ------
+    ConfigError
+        A flag is not one of these, or its value cannot be read.
+    """
+    from nbinfer.contract.flags import check_flags
+
+    items = list(check_flags(list(flags), _FLAGS, backend="llamacpp"))
+    options: dict[str, Any] = {}
+    while items:
+        flag, joined, value = items.pop(0).partition("=")
+        option, read = _FLAGS[flag]
+        if read is None:
+            options[option] = False
+            continue
+        if not joined:
+            value = items.pop(0) if items else ""
+        try:
+            options[option] = read(value)
+        except (ValueError, KeyError):
+            raise ConfigError(f"runtime-flags: {value!r:.60} is not a value of {flag}.") from None
+    return options
+
+
 class LlamaCppBackend:
     """llama.cpp through llama-cpp-python."""
 
     name = "llamacpp"
     formats = ("gguf",)
-    allowed_flags: frozenset[str] = frozenset()
+    allowed_flags = frozenset(_FLAGS)
     uses_external_model_management = False
     uses_tcp = False
 
@@ -154,18 +210,35 @@ class LlamaCppBackend:
                 raise ConfigError(_unknown(option, known))
         return open_engine(path, mode=mode, name=name, **options)
 
-    def run(self, socket: str, model: Path, model_ref: str, mode: Mode, config: ModelConfig) -> None:
-        """Serve one model at a socket.
+    def run(
+        self,
+        socket: str,
+        model: Path,
+        model_ref: str,
+        mode: Mode,
+        config: ModelConfig,
+        *,
+        control: RunControl | None = None,
+    ) -> None:
+        """Serve one model at a Unix socket, in a process of its own; return when that has ended.
 
         Raises
         ------
-        NotSupported
-            Always: this release runs llama.cpp inside the kernel only.
+        BackendUnavailable
+            llama.cpp is not usable here; the message is the exact install line.
+        ConfigError
+            A runtime flag is not one of ``allowed_flags``.
+        ModelLoadError, NotSupported
+            The model cannot be loaded.
+        RunnerLost
+            The process crashed; the message is the crash report.
         """
-        del socket, model, mode, config
-        raise NotSupported(
-            f"{model_ref}: this release runs llama.cpp inside the kernel only, not as a server."
-        )
+        from nbinfer.backends.process import RunControl, serve_engine
+
+        self.install()
+        control = control or RunControl()
+        control.options = {**flag_options(config.runtime_flags or ()), **control.options}
+        serve_engine(self.name, socket, model, model_ref, mode, config.without("runtime-flags"), control)
 
     def disk_usage(self) -> int:
         """Bytes of the installed package, its libraries included; 0 when it is not installed."""

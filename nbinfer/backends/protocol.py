@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
+    from nbinfer.backends.process import RunControl
     from nbinfer.contract.config import ModelConfig
     from nbinfer.contract.modes import Mode
     from nbinfer.contract.status import BackendStatus
@@ -92,11 +93,21 @@ class Backend(Protocol):
         """
         ...
 
-    def run(self, socket: str, model: Path, model_ref: str, mode: Mode, config: ModelConfig) -> None:
+    def run(
+        self,
+        socket: str,
+        model: Path,
+        model_ref: str,
+        mode: Mode,
+        config: ModelConfig,
+        *,
+        control: RunControl | None = None,
+    ) -> None:
         """Serve the OpenAI API for exactly one model at ``socket``; return when its processes have ended.
 
-        It returns only when cancelled; else it raises the error that ended the server. It does not restart
-        by itself, leaves no child process, and answers requests for another model with HTTP 421.
+        It returns only when cancelled, by ``control.cancel()``; else it raises the error that ended the server.
+        It does not restart by itself, leaves no child process, and answers requests for another model with
+        HTTP 421. ``control`` also brings the engine's options and takes the end of the server's output.
         """
         ...
 

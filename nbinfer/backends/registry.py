@@ -91,9 +91,9 @@ class BrokenBackend:
         del path, options
         self.install()
 
-    def run(self, *arguments: Any) -> NoReturn:
+    def run(self, *arguments: Any, **named: Any) -> NoReturn:
         """Raise ``BackendUnavailable`` with what went wrong."""
-        del arguments
+        del arguments, named
         self.install()
 
     def disk_usage(self) -> int:

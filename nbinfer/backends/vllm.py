@@ -14,6 +14,7 @@ from nbinfer.contract.errors import BackendUnavailable, NotSupported
 from nbinfer.contract.status import BackendStatus, StatusWord
 
 if TYPE_CHECKING:
+    from nbinfer.backends.process import RunControl
     from nbinfer.contract.config import ModelConfig
     from nbinfer.contract.modes import Mode
     from nbinfer.engines.protocol import Engine
@@ -69,7 +70,16 @@ class VllmBackend:
         del mode, config, options
         raise NotSupported(f"{name or path.name}: {_INSTEAD}")
 
-    def run(self, socket: str, model: Path, model_ref: str, mode: Mode, config: ModelConfig) -> None:
+    def run(
+        self,
+        socket: str,
+        model: Path,
+        model_ref: str,
+        mode: Mode,
+        config: ModelConfig,
+        *,
+        control: RunControl | None = None,
+    ) -> None:
         """Serve no model.
 
         Raises
@@ -77,7 +87,7 @@ class VllmBackend:
         NotSupported
             Always.
         """
-        del socket, model, mode, config
+        del socket, model, mode, config, control
         raise NotSupported(f"{model_ref}: {_INSTEAD}")
 
     def disk_usage(self) -> int:
