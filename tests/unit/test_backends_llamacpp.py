@@ -275,11 +275,6 @@ def test_a_configuration_becomes_the_engines_options(
     ]
 
 
-def test_it_is_no_server_yet() -> None:
-    with pytest.raises(NotSupported, match="inside the kernel"):
-        LlamaCppBackend().run("s", Path("m"), "demo", Mode.COMPLETION, ModelConfig())
-
-
 def test_disk_usage_is_that_of_the_package(site: Callable[..., Path]) -> None:
     assert LlamaCppBackend().disk_usage() == 0
     package = site("0.3.36", (LIBRARY,))
