@@ -12,7 +12,7 @@ from nbinfer.contract.errors import GGUFParseError
 if TYPE_CHECKING:
     from io import FileIO
 
-_WINDOW = 128 * 1024  # small enough to stay in the processor's cache while it is searched
+_WINDOW = 256 * 1024
 
 
 class Source(Protocol):

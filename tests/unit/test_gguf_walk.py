@@ -64,10 +64,17 @@ def test_a_length_that_wraps_around_64_bits_links_to_nothing(wrap: int) -> None:
 def test_a_vocabulary_is_proposed_whole_so_the_walk_is_vectorised() -> None:
     texts = [f"token{i}".encode() for i in range(5000)]
     data = array(texts)
-    at, after = _proposals(data, 0)
+    at, after = _proposals(data, 0, len(data))
     assert len(at) == len(texts)
     assert np.array_equal(after[:-1], at[1:])
     assert walk(data, 0, 5000) == (5000, len(data))
+
+
+def test_a_walk_over_many_windows_equals_the_plain_loop() -> None:
+    texts = [b"w" * (i * 7919 % 301) for i in range(4000)] + [b"", b"x" * 300_000, b""] * 5
+    data = array(texts)
+    assert walk(data, 0, len(texts)) == walk_plain(data, 0, len(texts)) == (len(texts), len(data))
+    assert walk(data, 0, len(texts) - 3) == walk_plain(data, 0, len(texts) - 3)
 
 
 def test_what_is_longer_than_the_window_is_not_read() -> None:
