@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from nbinfer.display.style import page
@@ -12,16 +13,14 @@ if TYPE_CHECKING:
 
     from nbinfer.contract.rendering import Bundle
 
-# The four words of a backend's status, and what a model on this machine may be doing.
+# The four words of a backend's status, and those of the doctor.
 _KINDS = {
     "Running": "ok",
     "Installing": "busy",
     "Error": "error",
     "Not Installed": "off",
-    "ready": "ok",
-    "busy": "busy",
-    "loading": "busy",
-    "unloaded": "off",
+    "ok": "ok",
+    "missing": "off",
 }
 
 _STATE_COLUMNS = ("status", "state")
@@ -66,8 +65,9 @@ def _title(name: str) -> str:
 
 
 def _cell(name: str, value: Any) -> str:
-    # `value != value` is true of NaN, NaT and nothing else; pandas' NA refuses to say.
-    if value is None or type(value).__name__ == "NAType" or value != value:  # noqa: PLR0124
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "<td></td>"
+    if type(value).__name__ in ("NAType", "NaTType"):  # pandas' own words for nothing
         return "<td></td>"
     if name in _STATE_COLUMNS:
         return f"<td>{badge(str(value))}</td>"

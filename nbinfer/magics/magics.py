@@ -1,0 +1,146 @@
+"""``%infer``, ``%%infer`` and ``%nbinfer`` themselves: thin, the work is done next door."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from IPython.core.error import UsageError
+from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, no_var_expand
+
+from nbinfer.display.style import page
+from nbinfer.display.text import escape
+from nbinfer.magics import ask, commands, template
+from nbinfer.magics.options import INFER_USAGE, infer_help, nbinfer_help
+from nbinfer.magics.parser import find_command, next_word, parse_command, parse_infer
+
+if TYPE_CHECKING:
+    from nbinfer.display.sinks import ShownResult
+    from nbinfer.magics.parser import Given
+    from nbinfer.magics.settings import NbInfer
+
+
+def show_help(text: str) -> None:
+    """Display a help text, which is made of the table of options."""
+    from IPython.display import display
+
+    display(  # type: ignore[no-untyped-call]
+        {"text/plain": text, "text/html": page(f"<pre>{escape(text)}</pre>")}, raw=True
+    )
+
+
+@magics_class
+class NbInferMagics(Magics):
+    """The magics of one shell."""
+
+    def __init__(self, shell: Any, settings: NbInfer) -> None:
+        super().__init__(shell)
+        self._shell = shell
+        self.settings = settings
+        self.chats = ask.Chats()
+        self._fresh: list[ShownResult] = []
+
+    def settle(self, *_: Any) -> None:
+        """After each cell: what it has shown may be shown again."""
+        for result in self._fresh:
+            result.settle()
+        self._fresh.clear()
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """The notebook's variables."""
+        return template.names_of(self._shell.user_ns)
+
+    # -- asking ---------------------------------------------------------------------------------------------
+
+    @no_var_expand
+    @line_cell_magic
+    def infer(self, line: str = "", cell: str | None = None) -> Any:
+        """Ask a local model."""
+        names = self.names
+        given = parse_infer(line, cell=cell is not None, expand=lambda text: template.expand(text, names))
+        if given.values.get("help"):
+            show_help(infer_help())
+            return None
+        # IPython ends each cell with a line end of its own; everything before it is the prompt.
+        prompt = given.rest if cell is None else cell.removesuffix("\n")
+        if not prompt.strip():
+            raise UsageError(f"there is no prompt.\n{INFER_USAGE}")
+        if "over" in given.values:
+            return self._over(given, prompt, names)
+        if not given.values.get("raw"):
+            prompt = template.expand(prompt, names)
+        options = ask.infer_options(given, names)
+        return self._ask(given, prompt, options)
+
+    def _ask(self, given: Given, prompt: str, options: dict[str, Any]) -> ShownResult | None:
+        values = given.values
+        model, chat = values.get("model"), values.get("chat")
+        history = None
+        if chat is not None:
+            history = self.chats.open(chat, options.pop("system", None), new=bool(values.get("new")))
+        if values.get("dry_run"):
+            ask.dry_run(prompt, model=model, options=options, history=history)
+            return None
+        result = ask.answer(
+            prompt,
+            model=model,
+            options=options,
+            history=history,
+            look=self._look(values),
+            keep=lambda shown: self._keep(shown, values.get("out")),
+        )
+        if history is not None and chat is not None:
+            asked = {"role": "user", "content": prompt}
+            self.chats.by_name[chat] = [*history, asked, {"role": "assistant", "content": result.text}]
+        return result
+
+    def _look(self, values: dict[str, Any]) -> ask.Look:
+        settings = self.settings
+        automatic = settings.display == "auto" and hasattr(self._shell, "kernel")
+        return ask.Look(
+            view="code" if values.get("extract") else values.get("view", settings.format),
+            footer=settings.footer,
+            live=settings.stream and not values.get("no_stream"),
+            quiet=bool(values.get("quiet")),
+            in_place=settings.display == "rich" or automatic,
+        )
+
+    def _keep(self, shown: ShownResult, out: str | None) -> None:
+        self._fresh.append(shown)
+        if out is not None:
+            self._shell.push({out: shown})
+
+    def _over(self, given: Given, prompt: str, names: dict[str, Any]) -> Any:
+        values = given.values
+        if not values.get("raw"):
+            # A value's own braces are no fields of the row's template.
+            prompt = template.expand(
+                prompt, names, quote=lambda text: text.replace("{", "{{").replace("}", "}}")
+            )
+        options = ask.infer_options(given, names)
+        frame = ask.over_rows(values["over"], prompt, names, model=values.get("model"), options=options)
+        if values.get("out") is not None:
+            self._shell.push({values["out"]: frame})
+        return None if values.get("quiet") and values.get("out") is not None else frame
+
+    # -- %nbinfer -------------------------------------------------------------------------------------------
+
+    @no_var_expand
+    @line_magic
+    def nbinfer(self, line: str = "") -> Any:
+        """Load, list and inspect local models."""
+        word = next_word(line, 0)
+        if word is None or word.text in ("-h", "--help"):
+            show_help(nbinfer_help())
+            return None
+        command = find_command(word.text)
+        given = parse_command(command, line[word.end :])
+        if given.values.get("help") or command.name == "help":
+            show_help(commands.help_text(command, given))
+            return None
+        return commands.run(command, given, self)
+
+
+# `%infer?` shows these.
+NbInferMagics.infer.__doc__ = infer_help()
+NbInferMagics.nbinfer.__doc__ = nbinfer_help()
