@@ -39,7 +39,8 @@ def embed(engine: PooledEngine, texts: list[str], **options: object) -> NDArray[
 
 def test_vectors_are_unit_float32_of_the_models_size(engine: PooledEngine) -> None:
     vectors = embed(engine, TEXTS)
-    assert (vectors.shape, vectors.dtype) == ((len(TEXTS), 384), np.float32)
+    assert vectors.shape == (len(TEXTS), 384)
+    assert vectors.dtype == np.float32
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert engine.info.dimensions == 384
 
@@ -99,6 +100,11 @@ def test_other_kinds_of_request_are_refused(engine: PooledEngine) -> None:
 def test_a_chat_model_is_not_taken_for_an_embedding_model() -> None:
     with pytest.raises(NotSupported, match="mode='completion'"):
         open_engine(demo_path(), mode=Mode.EMBEDDING, threads=1)
+
+
+def test_an_encoder_is_not_taken_for_a_chat_model() -> None:
+    with pytest.raises(NotSupported, match="encoder"):
+        open_engine(demo_embed_path(), mode=Mode.COMPLETION, threads=1)
 
 
 def test_closing_ends_what_waits() -> None:

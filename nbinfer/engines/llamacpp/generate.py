@@ -185,6 +185,13 @@ class CompletionEngine:
         self._adapters = adapters or Adapters(weights, {})
         extra = speculation.num_tokens if speculation else 0
         self._context = Context(weights, settings, parallel=parallel, extra_outputs=extra)
+        if self._context.memory is None or weights.reads_with_an_encoder:
+            self._context.close()
+            kind = "an encoder" if self._context.memory is None else "an encoder with a decoder"
+            raise NotSupported(
+                f"{name} is {kind}: it cannot continue text here. "
+                "An embedding or reranking model is loaded with that mode.",
+            )
         self._name = name
         self._reasoning_budget = reasoning_budget
         self._shares_prefixes = weights.has_exact_prefixes and not exact

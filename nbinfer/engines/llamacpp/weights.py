@@ -219,6 +219,11 @@ class Weights:
         return int(self._lib.llama_model_n_embd_out(self.pointer))
 
     @property
+    def reads_with_an_encoder(self) -> bool:
+        """Whether the text goes through an encoder first (T5 and its kind)."""
+        return bool(self._lib.llama_model_has_encoder(self.pointer))
+
+    @property
     def has_exact_prefixes(self) -> bool:
         """Whether a part of a sequence's memory can be kept, copied or dropped exactly.
 
