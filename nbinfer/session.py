@@ -604,7 +604,7 @@ def load(
 
     stay = None if keep_alive is None else KeepAlive.parse(keep_alive)
     resolved = models.resolve(str(ref), aliases=session.aliases)
-    asked_mode = None if mode is None else Mode(mode)
+    asked_mode = None if mode is None else _mode(mode)
     actual_mode = asked_mode or _natural_mode(resolved)
     options = {
         "context_size": context_size,
@@ -658,13 +658,22 @@ def load(
     return model
 
 
+def _mode(asked: Mode | str) -> Mode:
+    try:
+        return Mode(asked)
+    except ValueError as e:
+        raise ConfigError(f"mode={asked!r} is unknown: use one of {', '.join(Mode)}.") from e
+
+
 def _speculative(asked: Any) -> Any:
     """What the contract calls ``speculative``, with the draft model's file found."""
     from nbinfer.contract.config import SpeculativeConfig
     from nbinfer.engines.llamacpp import Speculative
     from nbinfer.models import resolve
 
-    config = asked if isinstance(asked, SpeculativeConfig) else SpeculativeConfig(**dict(asked))
+    if not isinstance(asked, SpeculativeConfig | Mapping):
+        raise ConfigError('speculative is a dict such as {"num_tokens": 4}, or {} to guess from the prompt.')
+    config = asked if isinstance(asked, SpeculativeConfig) else SpeculativeConfig(**asked)
     draft = None if config.draft_model is None else resolve(config.draft_model, aliases=session.aliases).path
     return Speculative(
         draft_path=draft,

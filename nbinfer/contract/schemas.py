@@ -7,6 +7,8 @@ describe, or a JSON Schema as a dict.
 from __future__ import annotations
 
 import json
+import sys
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,12 +39,13 @@ class Schema:
         from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
         try:
-            self._adapter = TypeAdapter(source)
+            self._adapter = TypeAdapter(_describable(source))
             self.json_schema = self._adapter.json_schema()
         except (PydanticSchemaGenerationError, PydanticUserError, TypeError) as e:
             raise RequestError(
                 f"schema={source!r} cannot be described as JSON Schema.\n"
-                "Use a pydantic model, dataclass, TypedDict, Enum, Literal or a JSON Schema dict.",
+                "Use a pydantic model, dataclass, TypedDict, Enum, Literal or a JSON Schema dict.\n"
+                f"{str(e).splitlines()[0]}",
             ) from e
 
     def parse(self, text: str) -> Any:
@@ -65,3 +68,21 @@ class Schema:
             raise SchemaError(f"the answer does not fit the schema: {where}: {first['msg']}", raw=text) from e
         except ValueError as e:
             raise SchemaError(f"the answer is not valid JSON: {e}", raw=text) from e
+
+    def plain(self, value: Any) -> Any:
+        """Return a value of :meth:`parse` as JSON-able data: dicts, lists, text, numbers, dates as text."""
+        if self._adapter is None:
+            return value
+        return self._adapter.dump_python(value, mode="json", by_alias=True)
+
+
+def _describable(source: Any) -> Any:
+    """The source itself, but for a ``typing.TypedDict`` before Python 3.12, which pydantic takes only remade."""
+    if sys.version_info >= (3, 12) or not typing.is_typeddict(source):
+        return source
+    from typing_extensions import NotRequired, TypedDict
+
+    hints = typing.get_type_hints(source, include_extras=True)
+    optional = source.__optional_keys__
+    fields = {name: NotRequired[hint] if name in optional else hint for name, hint in hints.items()}
+    return TypedDict(source.__name__, fields)  # type: ignore[operator]
