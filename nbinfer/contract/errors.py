@@ -125,3 +125,14 @@ class GGUFParseError(NbinferError, ValueError):
 
     def __str__(self) -> str:
         return f"failed to parse GGUF: {self.problem}"
+
+
+class SafetensorsParseError(NbinferError, ValueError):
+    """A safetensors model cannot be read: ``failed to read safetensors: …``, with what is wrong."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"failed to read safetensors: {self.problem}"

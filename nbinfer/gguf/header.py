@@ -51,9 +51,9 @@ class ArraySummary(NamedTuple):
 class TensorInfo(NamedTuple):
     """One tensor of the file.
 
-    ``shape`` is in GGUF's order: the first dimension is the contiguous one. ``type`` is ``F32``, ``Q4_K``, …;
-    ``offset`` counts bytes from the start of the data of its file; ``part`` is the file, counted from 0, of a
-    split model.
+    ``shape`` is in the file's order: in GGUF, the first dimension is the contiguous one. ``type`` is ``F32``,
+    ``Q4_K``, …; ``offset`` counts bytes from the start of the data of its file; ``part`` is the file, counted
+    from 0, of a split model.
     """
 
     name: str

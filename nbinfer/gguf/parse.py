@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import contextmanager
 from struct import Struct, unpack_from
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from nbinfer.contract.errors import GGUFParseError
 from nbinfer.gguf.header import ArraySummary, Header, TensorInfo
+from nbinfer.gguf.source import SourceError
 from nbinfer.gguf.types import ARRAY, STRING, UINT32, tensor_types, value_types
 from nbinfer.gguf.walk import walk
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from nbinfer.gguf.source import Source
 
 MAX_HEADER: Final = 256 * 1024**2
@@ -88,7 +92,17 @@ def parse(source: Source, *, require_data: bool = True) -> Header:
     GGUFParseError
         Something in the header is wrong; the message names it and the byte where it is.
     """
-    return _Parser(source).parse(require_data=require_data)
+    with as_parse_errors():
+        return _Parser(source).parse(require_data=require_data)
+
+
+@contextmanager
+def as_parse_errors() -> Iterator[None]:
+    """Say in the words of this format that bytes cannot be had."""
+    try:
+        yield
+    except SourceError as error:
+        raise GGUFParseError(str(error)) from error.__cause__
 
 
 class _Parser:

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from nbinfer.contract.errors import GGUFParseError
-from nbinfer.gguf.parse import parse
+from nbinfer.gguf.parse import as_parse_errors, parse
 from nbinfer.gguf.source import FileSource
 from nbinfer.gguf.split import join_parts, part_paths
 
@@ -64,7 +64,7 @@ def is_address(text: str) -> bool:
 
 
 def _read_one(path: str | os.PathLike[str], *, require_data: bool) -> Header:
-    with FileSource(path) as source:
+    with as_parse_errors(), FileSource(path) as source:
         return parse(source, require_data=require_data)
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit, urlunsplit
 
 from nbinfer.contract.errors import GGUFParseError
-from nbinfer.gguf.parse import MAX_HEADER, parse
+from nbinfer.gguf.parse import MAX_HEADER, as_parse_errors, parse
 from nbinfer.gguf.read import check_whole
+from nbinfer.gguf.source import SourceError
 from nbinfer.gguf.split import join_parts, part_of
 from nbinfer.gguf.summary import recall, remember
 
@@ -73,7 +74,8 @@ def read_remote_header(
         The server does not give the file, or what it gives is no sound header.
     """
     part = part_of(urlsplit(url).path.rpartition("/")[2]) if parts else None
-    with RemoteReader(headers, timeout=timeout, deadline=deadline, max_download=max_download) as reader:
+    reader = RemoteReader(headers, timeout=timeout, deadline=deadline, max_download=max_download)
+    with as_parse_errors(), reader:
         if part is None or part.total == 1:
             header = _read_one(reader, url, require_data=require_data, cache=cache)
             if parts:
@@ -148,11 +150,9 @@ class RemoteReader:
         """Count ``n`` downloaded bytes, and look at the clock."""
         self._left -= n
         if self._left < 0:
-            raise GGUFParseError(
-                f"{name}: the header is not complete after {self._limit:,} bytes of download."
-            )
+            raise SourceError(f"{name}: the header is not complete after {self._limit:,} bytes of download.")
         if time.monotonic() > self._until:
-            raise GGUFParseError(f"{name}: the header is not complete after {self._deadline:g} s.")
+            raise SourceError(f"{name}: the header is not complete after {self._deadline:g} s.")
 
 
 class RemoteSource:
@@ -198,7 +198,7 @@ class RemoteSource:
             except httpx.TimeoutException:
                 problem = f"it is silent for {self._reader.timeout:g} s"
             except httpx.TooManyRedirects:
-                raise GGUFParseError(f"{self.name}: the address leads in a circle.") from None
+                raise SourceError(f"{self.name}: the address leads in a circle.") from None
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 problem = str(error) or type(error).__name__
             except _BusyError as error:
@@ -210,7 +210,7 @@ class RemoteSource:
                 break
             if failures == len(PAUSES):
                 where = f" at byte {offset + len(got):,}" if got or offset else ""
-                raise GGUFParseError(f"{self.name}: the server does not give the file{where}: {problem}.")
+                raise SourceError(f"{self.name}: the server does not give the file{where}: {problem}.")
             time.sleep(PAUSES[failures])
             failures += 1
             self._reader.spend(0, self.name)
@@ -238,16 +238,16 @@ class RemoteSource:
         if status in _BUSY:
             raise _BusyError(f"it answers {status}")
         if size is None:
-            raise GGUFParseError(f"{self.name}: {_refusal(status)}")
+            raise SourceError(f"{self.name}: {_refusal(status)}", missing=status == _NOT_THERE)
         if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise GGUFParseError(
+            raise SourceError(
                 f"{self.name}: the server packs the file, so that its bytes cannot be addressed."
             )
         etag = response.headers.get("ETag")
         if self.size < 0:
             self.size, self._etag = size, etag
         elif (size, etag) != (self.size, self._etag):
-            raise GGUFParseError(f"{self.name}: the file changed on the server while its header was read.")
+            raise SourceError(f"{self.name}: the file changed on the server while its header was read.")
         return skip
 
     def _size_in(self, response: httpx.Response, start: int) -> tuple[int | None, int]:
@@ -256,14 +256,12 @@ class RemoteSource:
             match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
             if match is None or int(match[1]) != start or not start <= int(match[2]) < int(match[3]):
                 said = response.headers.get("Content-Range")
-                raise GGUFParseError(
-                    f"{self.name}: asked for bytes from {start:,}, the server sends {said!r}."
-                )
+                raise SourceError(f"{self.name}: asked for bytes from {start:,}, the server sends {said!r}.")
             return int(match[3]), 0
         if response.status_code == _WHOLE:
             length = response.headers.get("Content-Length", "")
             if not length.isdecimal():
-                raise GGUFParseError(f"{self.name}: the server does not say how large the file is.")
+                raise SourceError(f"{self.name}: the server does not say how large the file is.")
             return int(length), start
         if response.status_code == _NO_SUCH_RANGE and self.size < 0:
             return 0, 0

@@ -7,12 +7,21 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
-from nbinfer.contract.errors import GGUFParseError
-
 if TYPE_CHECKING:
     from io import FileIO
 
 _WINDOW = 256 * 1024
+
+
+class SourceError(Exception):
+    """Bytes cannot be had; whoever parses them says it in the words of its format.
+
+    ``missing`` is True when there is no such file at all.
+    """
+
+    def __init__(self, problem: str, *, missing: bool = False) -> None:
+        super().__init__(problem)
+        self.missing = missing
 
 
 class Source(Protocol):
@@ -33,7 +42,7 @@ class Source(Protocol):
 
         Raises
         ------
-        GGUFParseError
+        SourceError
             The bytes cannot be had.
         """
         ...
@@ -51,7 +60,7 @@ class MemorySource:
         """Return the bytes from ``offset`` on."""
         data = self._data[offset:] if offset else self._data
         if len(data) < n:
-            raise GGUFParseError(
+            raise SourceError(
                 f"{self.name}: only the first {len(self._data):,} of {self.size:,} bytes are here."
             )
         return data
@@ -70,13 +79,14 @@ class FileSource:
         try:
             # Checked before opening: opening a named pipe would wait for a writer.
             if not stat.S_ISREG(self.path.stat().st_mode):
-                raise GGUFParseError(f"{self.name} is not a file.")
+                raise SourceError(f"{self.name} is not a file.")
             self._file = self.path.open("rb", buffering=0)
             self.stat = os.fstat(self._file.fileno())
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             self.close()
             reason = getattr(error, "strerror", None) or error
-            raise GGUFParseError(f"{self.name} cannot be opened: {reason}.") from error
+            missing = isinstance(error, FileNotFoundError)
+            raise SourceError(f"{self.name} cannot be opened: {reason}.", missing=missing) from error
         self.size = self.stat.st_size
 
     def __enter__(self) -> Self:
@@ -94,7 +104,7 @@ class FileSource:
     def read(self, offset: int, n: int) -> bytes:
         """Read a window at ``offset``."""
         if self._file is None:
-            raise GGUFParseError(f"{self.name} is closed.")
+            raise SourceError(f"{self.name} is closed.")
         wanted = max(n, _WINDOW)
         pieces: list[bytes] = []
         got = 0
@@ -107,11 +117,9 @@ class FileSource:
                 pieces.append(piece)
                 got += len(piece)
         except OSError as error:
-            raise GGUFParseError(
-                f"{self.name} cannot be read at byte {offset:,}: {error.strerror}."
-            ) from error
+            raise SourceError(f"{self.name} cannot be read at byte {offset:,}: {error.strerror}.") from error
         if got < n:
-            raise GGUFParseError(
+            raise SourceError(
                 f"{self.name} ended at byte {offset + got:,} of {self.size:,}: it was cut while it was read.",
             )
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
