@@ -77,12 +77,12 @@ class Schema:
 
 
 def _describable(source: Any) -> Any:
-    """The source itself, but for a ``typing.TypedDict`` before Python 3.12, which pydantic takes only remade."""
+    """The source itself; before Python 3.12, pydantic takes a ``typing.TypedDict`` only remade."""
     if sys.version_info >= (3, 12) or not typing.is_typeddict(source):
         return source
-    from typing_extensions import NotRequired, TypedDict
+    from typing_extensions import TypedDict
 
     hints = typing.get_type_hints(source, include_extras=True)
     optional = source.__optional_keys__
-    fields = {name: NotRequired[hint] if name in optional else hint for name, hint in hints.items()}
+    fields = {name: typing.NotRequired[hint] if name in optional else hint for name, hint in hints.items()}
     return TypedDict(source.__name__, fields)  # type: ignore[operator]
