@@ -48,7 +48,9 @@ from nbinfer.sidecar.bodies import (
 from nbinfer.sidecar.metrics import Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+    from starlette.types import Receive, Scope, Send
 
     from nbinfer.contract.requests import CompletionRequest
     from nbinfer.contract.results import EmbeddingResult, Event, RerankResult
@@ -107,6 +109,24 @@ class SafeJSONResponse(JSONResponse):
         import json
 
         return json.dumps(content, separators=(",", ":")).encode("ascii")
+
+
+class ClosingStream(StreamingResponse):
+    """A stream that tidies up however it ends: also when the client left before the first byte.
+
+    What ``on_close`` awaits is outside the scope that a client's leaving cancels.
+    """
+
+    def __init__(self, content: Any, *, on_close: Callable[[], Awaitable[None]], **options: Any) -> None:
+        super().__init__(content, **options)
+        self._on_close = on_close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._on_close()
 
 
 def make_app(served: Served, *, metrics: Metrics | None = None) -> FastAPI:
@@ -437,8 +457,14 @@ async def _respond(
 ) -> Response:
     if body.stream:
         events = _stream_body(request.url.path, body, answer, streams, counters)
-        return StreamingResponse(
+
+        async def done() -> None:
+            for stream in streams:
+                stream.cancel()
+
+        return ClosingStream(
             events,
+            on_close=done,
             media_type="text/event-stream",
             headers={"cache-control": "no-store", "x-accel-buffering": "no"},
         )

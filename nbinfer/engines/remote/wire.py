@@ -43,6 +43,8 @@ _STATUS: tuple[tuple[type[NbinferError], int, str, str | None], ...] = (
 )
 RUNNER_LOST = "runner_lost"
 """Code of the error that a request gets when the process that served it died."""
+STOPPING = "stopping"
+"""Code of the error that a sidecar gives that is on its way out."""
 
 
 # -- errors ---------------------------------------------------------------------------------------------
@@ -111,6 +113,10 @@ def error_from_json(body: Any, status: int | None = None) -> NbinferError:
         return SchemaError(message, raw=str(extra.get("raw", "")))
     if kind is errors.GGUFParseError:
         return errors.GGUFParseError(message.removeprefix("failed to parse GGUF: "))
+    if found.get("code") == STOPPING:
+        stopping = errors.EngineClosed(message)
+        stopping.code = STOPPING  # type: ignore[attr-defined]
+        return stopping
     if isinstance(kind, type) and issubclass(kind, NbinferError):
         return kind(message)
     return _by_status(message, found.get("code"), status)

@@ -1,0 +1,683 @@
+"""An engine that is somewhere else: the `openai` client, made to look like a model in this process.
+
+One thread runs an event loop for all requests of all remote engines; requests are tasks on it, and a cancelled
+request closes its connection, at which the server stops generating.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import json
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nbinfer.contract.errors import (
+    EngineClosed,
+    EngineError,
+    NbinferError,
+    NotSupported,
+    RequestError,
+    SchemaError,
+)
+from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest, RerankRequest
+from nbinfer.contract.results import (
+    Delta,
+    EmbeddingResult,
+    Finished,
+    PromptProgress,
+    RerankResult,
+    Result,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
+from nbinfer.engines.protocol import EngineLoad
+from nbinfer.engines.remote.wire import (
+    RunnerLost,
+    completion_body,
+    details_from_json,
+    error_from_json,
+    vectors_from_wire,
+)
+from nbinfer.engines.stream import Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+
+    from nbinfer.contract.requests import Request
+    from nbinfer.engines.protocol import EngineInfo
+
+BATCH_IN_FLIGHT = 32
+"""Batch requests sent at once; further ones wait here, so that a cell's request need not queue behind them."""
+CONNECT_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where a model is served.
+
+    Attributes
+    ----------
+    base_url
+        With ``/v1`` at its end.
+    model
+        The model's name there.
+    api_key
+        What the server asks for; local ones usually ask for nothing.
+    socket
+        A Unix socket; then the host in ``base_url`` only fills a header.
+    """
+
+    base_url: str
+    model: str
+    api_key: str = "none"
+    socket: str | None = None
+
+
+# -- the thread that talks ------------------------------------------------------------------------------
+
+
+class _Loop:
+    """An event loop on a thread of its own, started when it is first needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = 0
+
+    def get(self) -> asyncio.AbstractEventLoop:
+        import os
+
+        with self._lock:
+            # A forked child has the object, but not the thread.
+            if self._loop is None or self._pid != os.getpid():
+                self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
+                threading.Thread(
+                    target=self._loop.run_forever, name="nbinfer-remote", daemon=True
+                ).start()
+            return self._loop
+
+
+_loop = _Loop()
+
+
+def warm_up() -> None:
+    """Import the client in the background: it takes a second, which a load can use."""
+    threading.Thread(target=lambda: importlib.import_module("openai"), name="nbinfer-import", daemon=True).start()
+
+
+def _client(endpoint: Endpoint) -> Any:
+    """Return an asynchronous `openai` client for an endpoint."""
+    import openai
+
+    # The client's HTTP library is httpx, under whatever name this version of `openai` imports it.
+    base = next(c for c in openai.DefaultAsyncHttpxClient.__mro__ if not c.__module__.startswith("openai"))
+    http = importlib.import_module(base.__module__.partition(".")[0])
+    limits = http.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=30)
+    options: dict[str, Any] = {"limits": limits, "trust_env": False}
+    if endpoint.socket is not None:
+        options["transport"] = http.AsyncHTTPTransport(uds=endpoint.socket, limits=limits)
+    return openai.AsyncOpenAI(
+        base_url=endpoint.base_url,
+        api_key=endpoint.api_key,
+        max_retries=0,
+        # A long prompt on a slow machine takes minutes before its first byte.
+        timeout=http.Timeout(None, connect=CONNECT_SECONDS),
+        http_client=http.AsyncClient(**options),
+    )
+
+
+# -- the engine -----------------------------------------------------------------------------------------
+
+
+class RemoteEngine:
+    """A model behind an OpenAI-style server. See :class:`nbinfer.engines.protocol.Engine`.
+
+    Parameters
+    ----------
+    endpoint
+        Where it is.
+    info
+        What it is, as far as that is known.
+    own
+        The server is nbinfer's: it takes every option and gives back the whole result. Otherwise requests
+        hold only what OpenAI-style servers have in common.
+    renew
+        Returns where the model is after the connection was lost; None: nowhere else.
+    on_close
+        Called once when the engine is closed.
+    name
+        What results and messages call the model.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        info: EngineInfo,
+        *,
+        own: bool = False,
+        renew: Callable[[], Endpoint] | None = None,
+        on_close: Callable[[], None] | None = None,
+        name: str = "",
+    ) -> None:
+        self.info = info if not name else replace(info, model=name)
+        self.hold: Any = None
+        self._endpoint = endpoint
+        self._own = own
+        self._renew = renew
+        self._on_close = on_close
+        self._name = self.info.model
+        self._lock = threading.Lock()
+        self._tasks: dict[Stream, asyncio.Task[None]] = {}
+        self._closed = False
+        self._waiting = 0
+        self._generated = 0
+        self._prompt_tokens = 0
+        # Made on the loop's thread, which owns them.
+        self._made: Any = None
+        self._batch: asyncio.Semaphore | None = None
+
+    # -- callers' side ----------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Stream:
+        """Start a request. What the server refuses is raised by the stream, not here."""
+        self._check(request)
+        job = _Job(request, time.perf_counter())
+        stream = job.stream = Stream(on_cancel=lambda: self._cancel(stream))
+        with self._lock:
+            if self._closed:
+                raise EngineClosed(f"{self._name} was unloaded; load it again with nb.load.")
+            self._waiting += 1
+        loop = _loop.get()
+        loop.call_soon_threadsafe(self._begin, loop, job)
+        return stream
+
+    def _check(self, request: Request) -> None:
+        needed = {"CompletionRequest": "completion", "EmbeddingRequest": "embedding"}.get(
+            type(request).__name__, "reranking"
+        )
+        if self.info.mode != needed:
+            raise NotSupported(f"{self._name} is loaded for {self.info.mode}: load it with another mode for that.")
+        if isinstance(request, CompletionRequest):
+            if request.n != 1:
+                raise NotSupported(
+                    "one request gives one answer here: submit it n times with different seeds."
+                )
+            completion_body(request, own=self._own)
+
+    def render(self, request: CompletionRequest) -> tuple[str, int]:
+        """Return the exact prompt and its length in tokens; runs nothing.
+
+        Raises
+        ------
+        NotSupported
+            The server cannot say.
+        """
+        if not self._own:
+            raise NotSupported("an external server does not show the prompt that it makes.")
+        body: dict[str, Any] = {"model": self._endpoint.model, "tools": [dict(t) for t in request.tools] or None}
+        if request.messages is not None:
+            body["messages"] = [dict(message) for message in request.messages]
+        else:
+            prompt = request.prompt
+            body["prompt"] = list(prompt) if isinstance(prompt, tuple) else prompt
+        body["think"] = request.think
+        found = self._call("/apply-template", body)
+        return str(found["prompt"]), int(found["count"])
+
+    def tokenize(self, text: str, *, add_special: bool = True, special: bool = True) -> list[int]:
+        """Return the token ids of a text."""
+        body = {"model": self._endpoint.model, "content": text, "add_special": add_special}
+        return [int(t) for t in self._call("/tokenize", {**body, "parse_special": special})["tokens"]]
+
+    def detokenize(self, tokens: list[int]) -> str:
+        """Return the text of tokens."""
+        body = {"model": self._endpoint.model, "tokens": [int(token) for token in tokens]}
+        return str(self._call("/detokenize", body)["content"])
+
+    def _call(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Make a small request and wait for it."""
+
+        async def post() -> Any:
+            return await self._post(path, body)
+
+        async def run() -> Any:
+            return await self._with_retry(post, lambda: True)
+
+        if self._closed:
+            raise EngineClosed(f"{self._name} was unloaded; load it again with nb.load.")
+        return asyncio.run_coroutine_threadsafe(run(), _loop.get()).result()
+
+    def load(self) -> EngineLoad:
+        """Return what this process has running there now."""
+        with self._lock:
+            return EngineLoad(
+                running=len(self._tasks),
+                waiting=self._waiting,
+                tokens_generated=self._generated,
+                prompt_tokens=self._prompt_tokens,
+            )
+
+    def close(self) -> None:
+        """End this process' requests with ``EngineClosed`` and let the model go; idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            tasks = dict(self._tasks)
+        error = EngineClosed(f"{self._name} was unloaded while the request ran.")
+        for stream in tasks:
+            stream.fail(error)
+        loop = _loop.get()
+
+        async def finish() -> None:
+            for task in tasks.values():
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks.values(), timeout=2)
+            if self._made is not None:
+                await self._made.close()
+                self._made = None
+
+        future = asyncio.run_coroutine_threadsafe(finish(), loop)
+        if threading.current_thread().name != "nbinfer-remote":
+            with contextlib.suppress(Exception):
+                future.result(5)
+        if self._on_close is not None:
+            self._on_close()
+
+    # -- the loop's side --------------------------------------------------------------------------------
+
+    def _begin(self, loop: asyncio.AbstractEventLoop, job: _Job) -> None:
+        with self._lock:
+            self._waiting -= 1
+            if self._closed:
+                job.stream.fail(EngineClosed(f"{self._name} was unloaded; load it again with nb.load."))
+                return
+            task = loop.create_task(self._run(job))
+            self._tasks[job.stream] = task
+        if job.stream.cancelled:
+            task.cancel()
+        task.add_done_callback(lambda _: self._end(job))
+
+    def _end(self, job: _Job) -> None:
+        with self._lock:
+            self._tasks.pop(job.stream, None)
+        # A task that was cancelled before its first step never got to say so.
+        if not job.stream.done:
+            job.stream.put(Finished(self._interrupted(job)))
+
+    def _cancel(self, stream: Stream) -> None:
+        with self._lock:
+            task = self._tasks.get(stream)
+        if task is not None:
+            _loop.get().call_soon_threadsafe(task.cancel)
+
+    async def _run(self, job: _Job) -> None:
+        try:
+            if job.request.priority == "batch":
+                if self._batch is None:
+                    self._batch = asyncio.Semaphore(BATCH_IN_FLIGHT)
+                async with self._batch:
+                    result = await self._with_retry(lambda: self._serve(job), lambda: not job.began)
+            else:
+                result = await self._with_retry(lambda: self._serve(job), lambda: not job.began)
+        except asyncio.CancelledError:
+            result = self._interrupted(job)
+        except NbinferError as error:
+            job.stream.fail(error)
+            return
+        except Exception as error:  # noqa: BLE001 - nobody may be left waiting
+            job.stream.fail(EngineError(f"{self._name}: {type(error).__name__}: {error!s:.300}"))
+            return
+        with self._lock:
+            self._generated += job.tokens
+            if isinstance(result, Result):
+                self._prompt_tokens += result.usage.prompt_tokens
+        job.stream.put(Finished(result))
+
+    async def _with_retry(self, work: Callable[[], Coroutine[Any, Any, Any]], unseen: Callable[[], bool]) -> Any:
+        """Do ``work``; once more when the server was lost before anybody saw a piece of the answer."""
+        try:
+            return await self._translated(work())
+        except (RunnerLost, _ConnectionLostError) as error:
+            if not unseen() or self._renew is None or self._closed:
+                raise _plain(error, self._name) from None
+        try:
+            found = await asyncio.to_thread(self._renew)
+            if found != self._endpoint:
+                self._endpoint = found
+                self._made = None
+            return await self._translated(work())
+        except _ConnectionLostError as error:
+            raise _plain(error, self._name) from None
+
+    async def _translated(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Do ``work`` with the client's errors turned into ours."""
+        import openai
+
+        try:
+            return await work
+        except openai.APIStatusError as error:
+            raise error_from_json(_body(error.response, error.body), error.status_code) from None
+        except openai.APIConnectionError as error:
+            raise _ConnectionLostError(str(error.__cause__ or error)) from None
+        except openai.APIError as error:
+            # An error in the middle of a stream.
+            raise error_from_json({"error": error.body}) from None
+        except NbinferError:
+            raise
+        except Exception as error:
+            if type(error).__module__.partition(".")[0].startswith(("httpx", "httpcore")):
+                raise _ConnectionLostError(str(error)) from None
+            raise
+
+    def _api(self) -> Any:
+        if self._made is None:
+            self._made = _client(self._endpoint)
+        return self._made
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Post to a path that `openai` has no method for."""
+        api = self._api()
+        # Those routes lie beside /v1, not under it.
+        url = self._endpoint.base_url.removesuffix("/").removesuffix("/v1") + path
+        given = {key: value for key, value in body.items() if value is not None}
+        return await api.post(url, cast_to=object, body=given)
+
+    async def _serve(self, job: _Job) -> Any:
+        request = job.request
+        if isinstance(request, EmbeddingRequest):
+            return await self._embed(job, request)
+        if isinstance(request, RerankRequest):
+            return await self._rerank(job, request)
+        return await self._complete(job, request)
+
+    async def _embed(self, job: _Job, request: EmbeddingRequest) -> EmbeddingResult:
+        extra: dict[str, Any] = {"normalize": request.normalize, "priority": request.priority}
+        options: dict[str, Any] = {"extra_body": extra} if self._own else {}
+        if request.dims is not None:
+            options["dimensions"] = request.dims
+        if not request.texts:
+            return EmbeddingResult(
+                vectors=np.zeros((0, request.dims or self.info.dimensions or 0), np.float32),
+                n_tokens=(),
+                model=self._name,
+            )
+        found = await self._api().embeddings.with_raw_response.create(
+            model=self._endpoint.model, input=list(request.texts), encoding_format="base64", **options
+        )
+        body = json.loads(found.text)
+        data = sorted(body["data"], key=lambda each: each["index"])
+        vectors = vectors_from_wire(each["embedding"] for each in data)
+        details = body.get("nbinfer") or {}
+        if not self._own and request.normalize and len(vectors):
+            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+            np.divide(vectors, lengths, out=vectors, where=lengths > 0)
+        counts = details.get("n_tokens") or _spread((body.get("usage") or {}).get("prompt_tokens"), len(data))
+        return EmbeddingResult(
+            vectors=vectors,
+            n_tokens=tuple(counts),
+            model=self._name,
+            seconds=float(details.get("seconds", time.perf_counter() - job.submitted)),
+        )
+
+    async def _rerank(self, job: _Job, request: RerankRequest) -> RerankResult:
+        if not request.documents:
+            return RerankResult(scores=np.zeros(0, np.float32), n_tokens=(), model=self._name)
+        body: dict[str, Any] = {
+            "model": self._endpoint.model,
+            "query": request.query,
+            "documents": list(request.documents),
+        }
+        if self._own:
+            body["priority"] = request.priority
+        found = await self._post("/v1/rerank", body)
+        scores = np.zeros(len(request.documents), np.float32)
+        for each in found["results"]:
+            scores[each["index"]] = each["relevance_score"]
+        details = found.get("nbinfer") or {}
+        counts = details.get("n_tokens") or _spread(
+            (found.get("usage") or {}).get("prompt_tokens"), len(scores)
+        )
+        return RerankResult(
+            scores=scores,
+            n_tokens=tuple(counts),
+            model=self._name,
+            seconds=float(details.get("seconds", time.perf_counter() - job.submitted)),
+        )
+
+    # -- completions ------------------------------------------------------------------------------------
+
+    async def _complete(self, job: _Job, request: CompletionRequest) -> Result:
+        body = completion_body(request, own=self._own)
+        if self._own:
+            body |= {"nbinfer": True} | ({"return_progress": True} if request.messages is not None else {})
+        known: dict[str, Any] = {"model": self._endpoint.model, "stream": True}
+        known["stream_options"] = {"include_usage": True}
+        job.restart()
+        api = self._api()
+        if request.messages is not None:
+            known["messages"] = body.pop("messages")
+            chunks = await api.chat.completions.create(**known, extra_body=body)
+        else:
+            known["prompt"] = body.pop("prompt")
+            chunks = await api.completions.create(**known, extra_body=body)
+        async with chunks:
+            async for chunk in chunks:
+                self._take(job, chunk)
+        if job.finish is None and job.details is None:
+            raise _ConnectionLostError("the answer ended in the middle")
+        return self._result(job, request)
+
+    def _take(self, job: _Job, chunk: Any) -> None:
+        extra = chunk.model_extra or {}
+        if extra.get("nbinfer"):
+            job.details = extra["nbinfer"]["results"][0]
+        if chunk.usage is not None:
+            job.usage = chunk.usage
+        progress = extra.get("prompt_progress")
+        if isinstance(progress, dict):
+            done, total = int(progress.get("processed", 0)), int(progress.get("total", 0))
+            job.stream.put(PromptProgress(done, total, int(progress.get("cache", 0))))
+        for choice in chunk.choices[:1]:
+            if choice.finish_reason:
+                job.finish = choice.finish_reason
+            delta = getattr(choice, "delta", None)
+            text = choice.text if delta is None else delta.content
+            if delta is not None:
+                thought = (delta.model_extra or {}).get("reasoning_content") or (
+                    delta.model_extra or {}
+                ).get("reasoning")
+                if thought:
+                    job.add(str(thought), reasoning=True)
+                for call in delta.tool_calls or ():
+                    job.add_call(call)
+            if text:
+                job.add(text)
+            if choice.logprobs is not None and job.request_logprobs:
+                job.add_logprobs(choice.logprobs)
+
+    def _result(self, job: _Job, request: CompletionRequest) -> Result:
+        common: dict[str, Any] = {
+            "model": self._name,
+            "messages": request.messages,
+            "tool_calls": tuple(job.calls),
+        }
+        if job.details is not None:
+            fields = details_from_json(job.details)
+            if request.constraint is not None and job.details.get("error"):
+                raise SchemaError(str(job.details["error"]), raw=fields["text"])
+            return Result(**fields, **common)
+        text = _chosen(job.text, request) if not self._own else job.text
+        if request.constraint is not None and job.finish == "length":
+            raise SchemaError(
+                f"the answer was cut after {job.tokens} pieces, before it was whole: raise max_tokens.", raw=text
+            )
+        usage = job.usage
+        details = getattr(usage, "prompt_tokens_details", None)
+        return Result(
+            text=text,
+            reasoning=job.reasoning.strip("\n") or None,
+            finish_reason="length" if job.finish == "length" else "stop",
+            usage=Usage(
+                prompt_tokens=usage.prompt_tokens if usage else 0,
+                completion_tokens=usage.completion_tokens if usage else job.tokens,
+                cached_tokens=(details.cached_tokens or 0) if details else 0,
+            ),
+            timings=job.timings(usage),
+            logprobs=tuple(job.logprobs) if request.logprobs is not None else None,
+            prompt=request.prompt if isinstance(request.prompt, str) else "",
+            params=_params(request),
+            **common,
+        )
+
+    def _interrupted(self, job: _Job) -> Any:
+        """Return what a cancelled request has so far."""
+        request = job.request
+        if isinstance(request, EmbeddingRequest):
+            return EmbeddingResult(
+                vectors=np.zeros((0, self.info.dimensions or 0), np.float32), n_tokens=(), model=self._name
+            )
+        if isinstance(request, RerankRequest):
+            return RerankResult(scores=np.zeros(0, np.float32), n_tokens=(), model=self._name)
+        return Result(
+            text=job.text,
+            reasoning=job.reasoning or None,
+            finish_reason="interrupted",
+            usage=Usage(completion_tokens=job.tokens),
+            timings=job.timings(None),
+            model=self._name,
+            params=_params(request),
+            messages=request.messages,
+        )
+
+
+class _ConnectionLostError(Exception):
+    """The server is not there, or went away."""
+
+
+def _plain(error: Exception, name: str) -> NbinferError:
+    if isinstance(error, NbinferError):
+        return error
+    return EngineError(f"{name}: the server does not answer ({error!s:.200}).")
+
+
+def _body(response: Any, body: Any) -> Any:
+    """Return the whole error body; the client keeps only its ``error`` member."""
+    if isinstance(body, dict):
+        return {"error": body} if "error" not in body else body
+    return {"message": str(getattr(response, "text", body))[:500]}
+
+
+class _Job:
+    """One request and its answer so far."""
+
+    def __init__(self, request: Request, submitted: float) -> None:
+        self.request = request
+        self.submitted = submitted
+        self.stream: Stream = Stream()
+        self.began = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what a lost server said; nobody saw any of it."""
+        self.text = self.reasoning = ""
+        self.tokens = 0
+        self.first: float | None = None
+        self.last: float | None = None
+        self.finish: str | None = None
+        self.details: Any = None
+        self.usage: Any = None
+        self.calls: list[dict[str, Any]] = []
+        self.logprobs: list[TokenLogprob] = []
+
+    @property
+    def request_logprobs(self) -> bool:
+        return isinstance(self.request, CompletionRequest) and self.request.logprobs is not None
+
+    def add(self, text: str, *, reasoning: bool = False) -> None:
+        self.last = time.perf_counter()
+        if self.first is None:
+            self.first = self.last
+        self.began = True
+        self.tokens += 1
+        if reasoning:
+            self.reasoning += text
+        else:
+            self.text += text
+        self.stream.put(Delta(text, reasoning=reasoning))
+
+    def add_call(self, call: Any) -> None:
+        """Put the pieces of a tool call together."""
+        while len(self.calls) <= call.index:
+            self.calls.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
+        made = self.calls[call.index]
+        made["id"] += call.id or ""
+        if call.function is not None:
+            made["function"]["name"] += call.function.name or ""
+            made["function"]["arguments"] += call.function.arguments or ""
+
+    def add_logprobs(self, found: Any) -> None:
+        for each in getattr(found, "content", None) or ():
+            top = tuple((other.token, other.logprob) for other in each.top_logprobs or ())
+            self.logprobs.append(TokenLogprob(each.token, each.logprob, top))
+        tokens = getattr(found, "tokens", None)
+        for i, token in enumerate(tokens or ()):
+            others = (found.top_logprobs or [{}] * len(tokens))[i] or {}
+            self.logprobs.append(TokenLogprob(token, found.token_logprobs[i] or 0.0, tuple(others.items())))
+
+    def timings(self, usage: Any) -> Timings:
+        """Return the times as this side saw them."""
+        first = self.first
+        if first is None:
+            return Timings()
+        return Timings(
+            prompt_seconds=first - self.submitted,
+            generation_seconds=(self.last or first) - first,
+            first_token_seconds=first - self.submitted,
+            prompt_tokens=usage.prompt_tokens if usage else 0,
+            generated_tokens=usage.completion_tokens if usage else self.tokens,
+        )
+
+
+def _chosen(text: str, request: CompletionRequest) -> str:
+    """Take the choice out of the object that an external server was asked to wrap it in."""
+    if request.constraint is None or request.constraint.kind != "choices":
+        return text
+    try:
+        choice = json.loads(text)["choice"]
+    except (ValueError, KeyError, TypeError):
+        raise SchemaError("the server did not keep to the choices: it may not support them.", raw=text) from None
+    if choice not in request.constraint.value:
+        raise SchemaError(f"the server chose {choice!r:.60}, which is not among the choices.", raw=text)
+    return str(choice)
+
+
+def _params(request: CompletionRequest) -> dict[str, Any]:
+    sampling = request.sampling
+    params: dict[str, Any] = {"temperature": sampling.temperature, "seed": sampling.seed}
+    if sampling.temperature > 0:
+        params |= {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
+    if request.max_tokens is not None:
+        params["max_tokens"] = request.max_tokens
+    if request.stop:
+        params["stop"] = list(request.stop)
+    return params
+
+
+def _spread(total: int | None, n: int) -> tuple[int, ...]:
+    """Divide a total among n texts; servers count them together."""
+    if not total or not n:
+        return (0,) * n
+    each, rest = divmod(int(total), n)
+    return tuple(each + (i < rest) for i in range(n))
+
+
+__all__ = ["Endpoint", "RemoteEngine", "RequestError", "warm_up"]

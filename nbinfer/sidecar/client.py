@@ -1,0 +1,228 @@
+"""The kernel's side: hold a model in the sidecar, and get an engine that runs there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from nbinfer.contract.errors import EngineClosed, EngineError, NbinferError
+from nbinfer.engines.remote.wire import STOPPING, error_from_json, info_from_json
+from nbinfer.sidecar import discovery
+from nbinfer.sidecar.control import ControlError, EventStream, call
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from nbinfer.contract.config import ModelConfig
+    from nbinfer.contract.modes import Mode
+    from nbinfer.engines.protocol import EngineInfo
+    from nbinfer.engines.remote.engine import RemoteEngine
+
+_TRIES = 50
+_open_streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
+
+
+class Hold:
+    """A model in the sidecar, kept by an open stream for as long as this object is not closed.
+
+    Attributes
+    ----------
+    service
+        The sidecar.
+    model
+        The name that means this very model and configuration there.
+    info
+        What its engine really uses.
+    already
+        Whether it was loaded before.
+    load_seconds
+        How long its load took, whenever that was.
+    """
+
+    def __init__(
+        self,
+        request: dict[str, Any],
+        on_progress: Callable[[float], None] | None = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self._request = request
+        self.service, self._stream = _opened(request)
+        _open_streams.add(self._stream)
+        ready = self._wait_ready(on_progress, on_event)
+        self.model = str(ready["model"])
+        self.info: EngineInfo = info_from_json(ready["info"])
+        self._number = str(ready["hold"])
+        self.already = bool(ready["already"])
+        self.load_seconds = float(ready["load_seconds"])
+        self.pid = ready.get("pid")
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, name="nbinfer-hold", daemon=True).start()
+
+    def _wait_ready(
+        self,
+        on_progress: Callable[[float], None] | None,
+        on_event: Callable[[dict[str, Any]], None] | None,
+    ) -> dict[str, Any]:
+        try:
+            for event in self._stream:
+                if on_event is not None:
+                    on_event(event)
+                if event.get("event") == "ready":
+                    if on_progress is not None:
+                        on_progress(1.0)
+                    return event
+                if event.get("event") == "error":
+                    raise error_from_json(event)
+                if on_progress is not None:
+                    on_progress(float(event.get("fraction", 0.0)))
+        except BaseException:
+            # An interrupted cell stops waiting, which ends the load when nobody else waits.
+            self._stream.close()
+            self._stream.detach()
+            raise
+        self._stream.detach()
+        raise EngineError("the sidecar ended while it loaded the model; see `nbinfer doctor`.")
+
+    def _watch(self) -> None:
+        for event in self._stream:
+            del event
+        self._ended.set()
+        self._stream.detach()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the stream is open: the sidecar lives and keeps the model."""
+        return not self._ended.is_set()
+
+    def again(self) -> Hold:
+        """Hold the same model anew, after the sidecar was lost; starts one, and loads, where needed."""
+        self.close()
+        return Hold(self._request)
+
+    def unload(self) -> None:
+        """Let go, and unload the model unless somebody else holds it."""
+        with contextlib.suppress(ControlError, NbinferError):
+            call(
+                self.service.socket,
+                "POST",
+                "/nbinfer/unload",
+                {"model": self.model, "hold": self._number, "unheld": True},
+                timeout=10,
+            )
+        self.close()
+
+    def close(self) -> None:
+        """Let go; the model's keep-alive begins to run."""
+        self._stream.close()
+
+
+def _opened(request: dict[str, Any]) -> tuple[discovery.Service, EventStream]:
+    """Return the sidecar and a stream that it accepted."""
+    for _ in range(_TRIES):
+        service = discovery.ensure()
+        try:
+            return service, EventStream(service.socket, "/nbinfer/hold", request)
+        except ControlError:
+            pass
+        except EngineClosed as error:
+            if getattr(error, "code", None) != STOPPING:
+                raise
+        # It was on its way out when it was found; the next one is a new one.
+        time.sleep(0.1)
+    raise EngineError("the sidecar does not take requests; see `nbinfer doctor`, or run `nbinfer stop`.")
+
+
+def hold_request(
+    path: Path,
+    *,
+    name: str,
+    backend: str,
+    mode: Mode,
+    config: ModelConfig,
+    options: dict[str, Any],
+    digest: str = "",
+) -> dict[str, Any]:
+    """Return what a kernel sends to have a model loaded."""
+    return {
+        "path": str(path.absolute()),
+        "name": name,
+        "backend": backend,
+        "mode": str(mode),
+        "config": config.to_json(),
+        "options": options,
+        "digest": digest,
+    }
+
+
+def open_engine(
+    path: Path,
+    *,
+    name: str,
+    backend: str,
+    mode: Mode,
+    config: ModelConfig,
+    options: dict[str, Any],
+    digest: str = "",
+    on_progress: Callable[[float], None] | None = None,
+) -> RemoteEngine:
+    """Load a model in the sidecar, which is started where there is none, and return its engine.
+
+    Parameters
+    ----------
+    path
+        The model's file.
+    name, backend, mode
+        What to load, and for what.
+    config
+        What was asked for, keep-alive included.
+    options
+        The engine's own options, by name; JSON-able.
+    on_progress
+        Called with the fraction loaded.
+
+    Raises
+    ------
+    BackendUnavailable
+        The sidecar's packages are not installed, or it does not start.
+    NbinferError
+        The model could not be loaded; as in the kernel.
+    """
+    from nbinfer.engines.remote.engine import Endpoint, RemoteEngine, warm_up
+
+    # A second of imports, while the model loads.
+    warm_up()
+    request = hold_request(
+        path, name=name, backend=backend, mode=mode, config=config, options=options, digest=digest
+    )
+    held = Hold(request, on_progress)
+
+    def endpoint() -> Endpoint:
+        return Endpoint(base_url="http://localhost/v1", model=held.model, socket=held.service.socket)
+
+    def renew() -> Endpoint:
+        nonlocal held
+        if not held.alive:
+            held = held.again()
+        return endpoint()
+
+    engine = RemoteEngine(
+        endpoint(), held.info, own=True, renew=renew, on_close=lambda: held.unload(), name=name
+    )
+    engine.hold = held
+    return engine
+
+
+def _abandon_in_child() -> None:
+    """A forked child must not keep a dead kernel's models loaded by its copies of the streams."""
+    for stream in list(_open_streams):
+        with contextlib.suppress(Exception):
+            stream.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_in_child)

@@ -1,0 +1,63 @@
+"""How many bytes there are, and how many a model in a process of its own takes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbinfer.contract.memory import RequiredMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+RUNNER_BYTES = 192 * 2**20
+"""RAM of a runner's process before it loads anything: the interpreter, the server, the engine's library."""
+RAM_SHARE = 0.9
+"""Share of the memory that is free when the sidecar starts that its models may take; the rest is for others."""
+VRAM_SHARE = 0.95
+
+
+def default_budget() -> RequiredMemory:
+    """Return the budget of a sidecar that is given none: most of what is free now, on each device."""
+    import psutil
+
+    return RequiredMemory(int(psutil.virtual_memory().available * RAM_SHARE), _free_vram())
+
+
+def _free_vram() -> tuple[int, ...]:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            return tuple(
+                int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(i)).free * VRAM_SHARE)
+                for i in range(pynvml.nvmlDeviceGetCount())
+            )
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # noqa: BLE001 - without a driver there is no GPU to plan for
+        return ()
+
+
+def runner_size(path: Path, options: Mapping[str, Any], *, gpus: int) -> RequiredMemory:
+    """Return what a runner of a model will take, without loading it.
+
+    A bound from the files' size: the weights, a quarter of them for the KV cache and the work buffers, and
+    the process. With GPUs, the weights count on the first one, and as much again of RAM while they are read.
+    """
+    files = path.rglob("*") if path.is_dir() else path.parent.glob(_parts(path))
+    weights = sum(file.stat().st_size for file in files if file.is_file())
+    needed = weights + weights // 4
+    if gpus and options.get("gpu_layers") != 0:
+        return RequiredMemory(RUNNER_BYTES + weights // 4, (needed,) + (0,) * (gpus - 1))
+    return RequiredMemory(RUNNER_BYTES + needed)
+
+
+def _parts(path: Path) -> str:
+    """Return the pattern of a split model's files; a single file is its own."""
+    import glob
+    import re
+
+    found = re.fullmatch(r"(.*-)00001(-of-\d{5}\.gguf)", path.name)
+    return glob.escape(path.name) if found is None else f"{glob.escape(found[1])}*{glob.escape(found[2])}"
