@@ -9,7 +9,8 @@ view of the logits, argmax; it makes no text. The other side is what a user does
 text and all.
 
 The sides take turns, and who begins alternates, so that a busy machine slows both; the ratio is the median
-over pairs. Speed counts from the first token to the last: the prompt is not part of it.
+over pairs. Speed counts from the first token to the last: the prompt is not part of it. The processor time of
+a token, over all threads of the process, is shown too: it hardly moves when other programs run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import ctypes
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import nbinfer as nb
-from nbinfer.contract.results import Delta, Finished, Result
+from nbinfer.contract.results import Delta
 from nbinfer.engines.llamacpp.library import library
 from nbinfer.engines.llamacpp.weights import Weights
 
@@ -35,6 +37,33 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from perf_model import TYPES, perf_model
 
 PROMPT = "Once upon a time there was a model that wrote noise, quickly."
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What the tokens after the first one took: seconds by the clock, and of processor time."""
+
+    tokens: int
+    seconds: float
+    processor_seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
+    @property
+    def cost(self) -> float:
+        """Processor time of a token, in milliseconds."""
+        return 1000 * self.processor_seconds / self.tokens
+
+
+def now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def pace(tokens: int, first: tuple[float, float], last: tuple[float, float]) -> Pace:
+    return Pace(tokens, last[0] - first[0], last[1] - first[1])
 
 
 class BareLoop:
@@ -52,14 +81,14 @@ class BareLoop:
         self._context = self._lib.llama_init_from_model(self.weights.pointer, params)
         self._memory = self._lib.llama_get_memory(self._context)
 
-    def run(self, prompt: str, n_tokens: int) -> tuple[list[int], float]:
-        """Return the tokens and the seconds from the first of them to the last."""
+    def run(self, prompt: str, n_tokens: int) -> tuple[str, Pace]:
+        """Return the text, made after the clock stopped, and the pace."""
         lib, context = self._lib, self._context
         lib.llama_memory_clear(self._memory, True)
         ids = self.weights.tokenize(prompt, special=True, add_special=True)
         tokens = (ctypes.c_int32 * len(ids))(*ids)
         made: list[int] = []
-        count, first = len(ids), 0.0
+        count, first = len(ids), now()
         while True:
             if lib.llama_decode(context, lib.llama_batch_get_one(tokens, count)) != 0:
                 raise SystemExit("llama_decode failed.")
@@ -67,7 +96,7 @@ class BareLoop:
             view: Any = (ctypes.c_float * self.weights.n_vocab).from_address(address)
             token = int(np.frombuffer(view, np.float32).argmax())
             if not made:
-                first = time.perf_counter()
+                first = now()
                 tokens, count = (ctypes.c_int32 * 1)(), 1
             if token in self.weights.end_tokens:
                 break
@@ -75,7 +104,8 @@ class BareLoop:
             if len(made) == n_tokens:
                 break
             tokens[0] = token
-        return made, time.perf_counter() - first
+        measured = pace(len(made) - 1, first, now())
+        return b"".join(self.weights.piece(token) for token in made).decode("utf-8", "replace"), measured
 
     def close(self) -> None:
         """Free the context and the model."""
@@ -83,21 +113,19 @@ class BareLoop:
         self.weights.close()
 
 
-def streamed(model: nb.Model, prompt: str, n_tokens: int) -> tuple[Result, float]:
-    """Return the answer, and its tokens per second as they reached this loop."""
-    first, first_tokens, last, tokens = 0.0, 0, 0.0, 0
-    result: Result | None = None
+def streamed(model: nb.Model, prompt: str, n_tokens: int) -> tuple[str, Pace]:
+    """Return the text, and its pace as it reached this loop."""
+    pieces: list[str] = []
+    tokens: list[int] = []
+    first = last = now()
     for event in nb.stream(prompt, model=model, raw=True, max_tokens=n_tokens).events():
         if isinstance(event, Delta):
-            last = time.perf_counter()
-            tokens += event.n_tokens
-            if not first:
-                first, first_tokens = last, event.n_tokens
-        elif isinstance(event, Finished) and isinstance(event.result, Result):
-            result = event.result
-    if result is None or last == first:
-        raise SystemExit("nb.stream gave no text to measure.")
-    return result, (tokens - first_tokens) / (last - first)
+            last = now()
+            if not tokens:
+                first = last
+            pieces.append(event.text)
+            tokens.append(event.n_tokens)
+    return "".join(pieces), pace(sum(tokens[1:]), first, last)
 
 
 def main() -> None:
@@ -125,39 +153,48 @@ def main() -> None:
     )
     pairs = []
     for i in range(-1, options.rounds):
-        bare_first = i % 2 == 0
-        if bare_first:
-            made, seconds = bare.run(options.prompt, options.tokens)
-        result, stream_rate = streamed(model, options.prompt, options.tokens)
-        if not bare_first:
-            made, seconds = bare.run(options.prompt, options.tokens)
-        text = b"".join(bare.weights.piece(token) for token in made).decode("utf-8", "replace")
-        if text != result.text:
-            raise SystemExit(f"the two sides wrote different texts:\n{text!r}\n{result.text!r}")
+        if i % 2 == 0:
+            text, bare_pace = bare.run(options.prompt, options.tokens)
+        streamed_text, stream_pace = streamed(model, options.prompt, options.tokens)
+        if i % 2 == 1:
+            text, bare_pace = bare.run(options.prompt, options.tokens)
+        if text != streamed_text:
+            raise SystemExit(f"the two sides wrote different texts:\n{text!r}\n{streamed_text!r}")
         # The first pair warms both up.
         if i >= 0:
-            pairs.append(((len(made) - 1) / seconds, stream_rate))
+            pairs.append((bare_pace, stream_pace))
     model.unload()
     bare.close()
+    report(pairs, f"0.5B {options.type}, {options.threads} thread(s), {options.tokens} tokens a run")
 
-    table = Table(
-        title=f"0.5B {options.type}, {options.threads} thread(s), {len(made)} tokens a run, tokens/s"
+
+def report(pairs: list[tuple[Pace, Pace]], title: str) -> None:
+    table = Table(title=title)
+    headings = (
+        "round",
+        "bare tok/s",
+        "stream tok/s",
+        "ratio",
+        "bare CPU ms/tok",
+        "stream CPU ms/tok",
+        "ratio",
     )
-    for heading in ("round", "bare loop", "nb.stream", "ratio"):
+    for heading in headings:
         table.add_column(heading, justify="right")
-    ratios = [stream_rate / bare_rate for bare_rate, stream_rate in pairs]
-    for i, ((bare_rate, stream_rate), ratio) in enumerate(zip(pairs, ratios, strict=True), 1):
-        table.add_row(str(i), f"{bare_rate:.2f}", f"{stream_rate:.2f}", f"{ratio:.3f}")
-    table.add_section()
-    bare_median, stream_median = (statistics.median(side) for side in zip(*pairs, strict=True))
-    table.add_row(
-        "median",
-        f"{bare_median:.2f}",
-        f"{stream_median:.2f}",
-        f"{statistics.median(ratios):.3f}",
-        style="bold",
-    )
-    Console().print(table)
+    rows = [
+        (bare.rate, stream.rate, stream.rate / bare.rate, bare.cost, stream.cost, stream.cost / bare.cost)
+        for bare, stream in pairs
+    ]
+    medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+    for name, row in [*((str(i), row) for i, row in enumerate(rows, 1)), ("median", medians)]:
+        if name == "median":
+            table.add_section()
+        shown = (
+            f"{value:.3f}" if "ratio" in heading else f"{value:.2f}"
+            for heading, value in zip(headings[1:], row, strict=True)
+        )
+        table.add_row(name, *shown, style="bold" if name == "median" else None)
+    Console(width=100).print(table)
 
 
 if __name__ == "__main__":
