@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from nbinfer.display.style import page
-from nbinfer.display.text import escape
+from nbinfer.display.text import escape, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -79,4 +79,4 @@ def _cell(name: str, value: Any) -> str:
 def frame_bundle(frame: Any) -> Bundle:
     """Return (data, metadata) of a pandas DataFrame of ours."""
     rows: list[dict[str, Any]] = frame.to_dict("records")
-    return {"text/plain": frame.to_string(index=False), "text/html": badges_html(rows)}, {}
+    return {"text/plain": printable(frame.to_string(index=False)), "text/html": badges_html(rows)}, {}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from nbinfer.contract.results import Delta, Finished, PromptProgress, Result, Timings, Usage
@@ -12,7 +15,8 @@ from nbinfer.display.style import page
 from nbinfer.display.text import escape, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
+    from types import FrameType
 
     from nbinfer.contract.rendering import Bundle
     from nbinfer.contract.results import Event
@@ -89,13 +93,16 @@ class JupyterSink:
         self._began: float | None = None
         self._shown = False
         self._next_update = 0.0
+        if live:
+            # The first rendering imports its libraries; while the engine reads the prompt, that is free.
+            result_bundle(Result(text=""), view=view)
 
     def event(self, event: Event) -> None:
         """Show the text so far, or how much of the prompt has been read."""
         if isinstance(event, PromptProgress):
             # Worth a line only for a long prompt, and never worth a wait.
             if self._live and event.done < event.total and self._clock() >= self._next_update:
-                self._show(_progress_bundle(event))
+                self._show(lambda: _progress_bundle(event))
         elif isinstance(event, Delta) and event.index == 0:
             self._add(event)
 
@@ -113,7 +120,7 @@ class JupyterSink:
         wait = self._next_update - self._clock()
         if wait > 0 and not first:
             self._sleep(wait)
-        self._show(self._bundle())
+        self._show(self._bundle)
 
     def _bundle(self) -> Bundle:
         elapsed = self._clock() - (self._began or 0.0)
@@ -126,18 +133,39 @@ class JupyterSink:
         )
         return result_bundle(so_far, view=self._view, footer=self._footer, running=True)
 
-    def _show(self, bundle: Bundle) -> None:
+    def _show(self, make: Callable[[], Bundle]) -> None:
         began = self._clock()
-        self._publish(*bundle, self._shown)
-        self._shown = True
+        bundle = make()
+        with _interrupt_later():
+            self._publish(*bundle, self._shown)
+            self._shown = True
         # A very long answer takes long to render: leave most of the time to the engine.
         now = self._clock()
         self._next_update = now + max(1 / UPDATES_PER_SECOND, 3 * (now - began))
 
     def finish(self, result: Result) -> None:
         """Replace the output by the final one; it is all that a saved notebook keeps."""
-        self._publish(*result_bundle(result, view=self._view, footer=self._footer), self._shown)
-        self._shown = True
+        self._show(lambda: result_bundle(result, view=self._view, footer=self._footer))
+
+
+@contextmanager
+def _interrupt_later() -> Iterator[None]:
+    """Hold an interrupt back until the block is done.
+
+    Between sending an output and remembering that it was sent, it would leave two outputs, or none.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if held:
+        handler(*held[0])
 
 
 def _progress_bundle(progress: PromptProgress) -> Bundle:

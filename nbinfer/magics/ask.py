@@ -218,11 +218,11 @@ def answer(
     sink: Sink = NullSink()
     try:
         found = session.get(model)
-        sink = look.sink(found.name)
         if history is None:
             stream = found.stream(prompt, **options)
         else:
             stream = found.stream(messages=[*history, {"role": "user", "content": prompt}], **options)
+        sink = look.sink(found.name)
         follow(stream.events(), sink)
         result = stream.result()
     except BaseException as error:

@@ -32,7 +32,7 @@ def run(command: Command, given: Given, magics: NbInferMagics) -> Any:
         "unload": _unload,
         "ps": lambda *_: session.ps(),
         "status": lambda *_: session.status(),
-        "models": lambda *_: session.models(),
+        "models": lambda *_: _find("nbinfer.session", "models", "the list of models on this machine")(),
         "estimate": _estimate,
         "pull": _pull,
         "panel": _panel,

@@ -32,7 +32,9 @@ def test_a_badge_is_a_word_and_a_colour(status: str, kind: str, words: str) -> N
 def test_hostile_names_are_inert(text: str) -> None:
     rows = [{"name": text, "status": text, text: text}]
     assert problems(badges_html(rows), style=STYLE) == []
-    assert problems(frame_bundle(pd.DataFrame(rows))[0]["text/html"], style=STYLE) == []
+    data, _ = frame_bundle(pd.DataFrame(rows))
+    assert problems(data["text/html"], style=STYLE) == []
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", data["text/plain"])
 
 
 @pytest.mark.parametrize(

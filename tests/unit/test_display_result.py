@@ -45,7 +45,7 @@ def test_an_answer_is_html_and_plain_text_and_never_markdown() -> None:
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize("finish", ["stop", "length", "interrupted", "error"])
-def test_no_view_is_markdown(view: View, running: bool, finish: Any) -> None:  # noqa: FBT001
+def test_no_view_is_markdown(view: View, running: bool, finish: Any) -> None:
     data, _ = result_bundle(answer('{"a": 1}', finish_reason=finish), view=view, running=running)
     assert "text/markdown" not in data
     assert data["text/plain"]
@@ -171,7 +171,7 @@ def test_the_json_view_is_the_value() -> None:
 
 
 @pytest.mark.parametrize("running", [True, False])
-def test_the_json_view_of_what_is_no_json_is_the_text(running: bool) -> None:  # noqa: FBT001
+def test_the_json_view_of_what_is_no_json_is_the_text(running: bool) -> None:
     data, _ = result_bundle(answer('{"b": '), view="json", running=running)
     assert "application/json" not in data
     assert data["text/plain"] == '{"b": '

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +26,7 @@ class Screen:
         self.shown: list[tuple[float, dict[str, Any], bool]] = []
         self.render_seconds = 0.0
 
-    def publish(self, data: dict[str, Any], metadata: dict[str, Any], update: bool) -> None:  # noqa: FBT001
+    def publish(self, data: dict[str, Any], metadata: dict[str, Any], update: bool) -> None:
         self.shown.append((self.now, data, update))
         self.now += self.render_seconds
 
@@ -81,6 +83,22 @@ def test_an_answer_that_is_slow_to_render_is_updated_less_often() -> None:
         sink.event(Delta("x"))
     times = [at for at, _, _ in screen.shown]
     assert times == pytest.approx([100.0, 102.0, 104.0])
+
+
+def test_an_interrupt_while_an_output_is_sent_leaves_one_output() -> None:
+    screen = Screen()
+
+    def publish(data: dict[str, Any], metadata: dict[str, Any], update: bool) -> None:
+        screen.publish(data, metadata, update)
+        if len(screen.shown) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    sink = JupyterSink(publish=publish)
+    with pytest.raises(KeyboardInterrupt):
+        sink.event(Delta("one"))
+    sink.finish(DONE)
+    assert [update for _, _, update in screen.shown] == [False, True]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_one_output_at_the_end_when_not_live() -> None:

@@ -1,0 +1,133 @@
+"""Whole runs: a notebook by papermill and nbclient, IPython in a terminal, the demo model in a kernel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import nbformat.v4
+import pytest
+from nbclient import NotebookClient
+from support.kernel import WITH_FAKE, kernel
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.kernel
+
+
+v4: Any = nbformat.v4  # not typed
+read: Any = nbformat.read
+write: Any = nbformat.write
+
+
+def write_notebook(path: Path, *cells: str) -> Path:
+    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = v4.new_notebook(
+        cells=[v4.new_code_cell(cell) for cell in cells], metadata={"kernelspec": spec}
+    )
+    write(notebook, path)
+    return path
+
+
+MISTAKES = {
+    "option": "%infer --temprature 1 x",
+    "variable": "%%infer\n{{ nope }}",
+    "file": "%nbinfer load missing.gguf",
+    "gguf": "%nbinfer load corrupt.gguf",
+}
+
+
+def test_papermill_fails_on_every_mistake_and_passes_without(tmp_path: Path) -> None:
+    (tmp_path / "corrupt.gguf").write_bytes(b"GGUF" + b"x" * 100)
+    runs = {}
+    for name, cell in {**MISTAKES, "right": "%infer hello"}.items():
+        path = write_notebook(tmp_path / f"{name}.ipynb", WITH_FAKE, cell)
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "papermill",
+            "--no-progress-bar",
+            "--cwd",
+            str(tmp_path),
+        ]
+        runs[name] = subprocess.Popen(
+            [*command, str(path), str(tmp_path / f"{name}-out.ipynb")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    codes = {}
+    for name, run in runs.items():
+        with run:
+            run.communicate(timeout=120)
+        codes[name] = run.returncode
+    assert codes.pop("right") == 0
+    assert all(code != 0 for code in codes.values()), codes
+
+
+def test_a_saved_notebook_keeps_the_final_state_and_what_was_asked(tmp_path: Path) -> None:
+    path = write_notebook(
+        tmp_path / "run.ipynb",
+        WITH_FAKE,
+        "engine.script = lambda request: ['one ', 0.2, '**two**']",
+        "%infer --seed 7 go",
+    )
+    notebook = read(path, as_version=4)
+    NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbformat.validate(notebook)
+    (output,) = notebook.cells[-1].outputs
+    assert output.output_type == "display_data"
+    assert output.data["text/plain"] == "one **two**"
+    assert "one <strong>two</strong>" in output.data["text/html"]
+    assert output.metadata["nbinfer"]["seed"] == 7
+    assert output.metadata["nbinfer"]["model"] == "fake"
+
+
+def test_a_terminal_streams_plain_text(tmp_path: Path) -> None:
+    cells = [
+        *WITH_FAKE.strip().splitlines(),
+        "from nbinfer.contract.results import Delta",
+        "engine.script = lambda r: [Delta('hm', reasoning=True), 'one ', 'two']",
+        "%infer Where is Paris?",
+        "x = %infer again",
+        "print('x is', x)",
+        "%infer --temprature 1 x",
+        "print('still', 'here')",
+    ]
+    run = subprocess.run(
+        [sys.executable, "-m", "IPython", "--simple-prompt", "--no-banner", "--colors=nocolor"],
+        input="\n".join(cells) + "\n",
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "IPYTHONDIR": str(tmp_path)},
+        timeout=120,
+        check=True,
+    )
+    assert "one two\n" in run.stdout
+    assert "fake · 3 tokens" in run.stdout
+    assert run.stdout.count("one two") == 3  # two answers, and x
+    assert "x is one two" in run.stdout
+    assert "hm" in run.stderr
+    assert "hm" not in run.stdout
+    assert "Did you mean --temperature" in run.stderr
+    assert "still here" in run.stdout
+
+
+@pytest.mark.engine
+def test_the_demo_model_answers_in_a_kernel(tmp_path: Path) -> None:
+    with kernel(tmp_path) as nb:
+        loaded = nb.run("%load_ext nbinfer\n%nbinfer load demo -p threads=1")
+        assert loaded.reply["status"] == "ok", loaded.error_text
+        assert loaded.printed == ""  # llama.cpp's log is not for people
+        ran = nb.run("%infer -o r What is the capital of France?")
+        assert ran.shown[-1] == "The capital of France is Paris."
+        assert nb.value("r.finish_reason") == "'stop'"
+        rows = nb.run("%nbinfer ps").of("execute_result")[0]["data"]
+        assert "demo" in rows["text/html"]
+        nb.run("%nbinfer unload")
+        assert nb.run("%infer x").reply["ename"] == "ModelNotFound"
