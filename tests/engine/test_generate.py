@@ -458,6 +458,28 @@ def test_more_text_than_the_context_holds_is_served_by_taking_turns() -> None:
         alone.close()
 
 
+def test_a_failed_decode_fails_its_requests_and_the_engine_goes_on(
+    engine: CompletionEngine, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = engine._context.decode
+
+    def broken() -> int:
+        engine._context.clear_batch()
+        raise EngineError("llama.cpp failed while decoding: out of luck")
+
+    monkeypatch.setattr(engine._context, "decode", broken)
+    with pytest.raises(EngineError, match="out of luck"):
+        ask("Hello!").result(10)
+    monkeypatch.setattr(engine._context, "decode", real)
+    assert ask("What is 2 plus 3?").result(10).text == "2 plus 3 is 5."
+    assert engine.load().running == 0
+
+
+def test_tokens_outside_the_vocabulary_are_refused(engine: CompletionEngine) -> None:
+    with pytest.raises(RequestError, match="vocabulary"):
+        engine.submit(CompletionRequest(prompt=(1, 2, 99_999)))
+
+
 def test_errors_in_a_template_reach_the_caller(ask: Ask, engine: CompletionEngine) -> None:
     with pytest.raises(NbinferError):
         engine.submit(CompletionRequest(messages=({"role": "nobody", "content": "x"},)))

@@ -270,6 +270,7 @@ class CompletionEngine:
             text, tokens = self._prompt_of(request)
         self._check_length(len(tokens))
         room = self.info.context_size - len(tokens)
+        adapter = self._adapters.choose(request.adapter)
         seed = secrets.randbits(32) if request.sampling.seed is None else request.sampling.seed
         matcher = self._constrainer.matcher(request.constraint) if request.constraint else None
         opened = request.messages is not None and text.rstrip().endswith(THINK_OPEN)
@@ -289,7 +290,7 @@ class CompletionEngine:
             seed=seed,
             limit=min(room, request.max_tokens or room),
             media=media,
-            adapter=self._adapters.choose(request.adapter),
+            adapter=adapter,
             submitted=time.perf_counter(),
         )
         return self._enqueue([sequence])
@@ -370,6 +371,10 @@ class CompletionEngine:
         weights = self._weights
         if isinstance(request.prompt, tuple):
             tokens = np.array(request.prompt, np.int32)
+            if tokens.max() >= weights.n_vocab:
+                raise RequestError(
+                    f"token {tokens.max()} is outside the vocabulary (0 to {weights.n_vocab - 1})."
+                )
             return weights.text(tokens), tokens
         if request.prompt is not None:
             return request.prompt, weights.tokenize(request.prompt, special=True, add_special=True)
@@ -619,8 +624,14 @@ class CompletionEngine:
                 self._context.clear_batch()
                 return
             self._in_flight = frozenset(sequence.stream for sequence, _, _ in planned)
-        code = self._context.decode()
-        self._in_flight = frozenset()
+        try:
+            code = self._context.decode()
+        except EngineError as e:
+            for sequence, _, _ in planned:
+                self._finish(sequence, "error", e)
+            return
+        finally:
+            self._in_flight = frozenset()
         if code == ABORTED:
             # Only a batch of cancelled requests, or a closing engine, is aborted; part of it may be stored.
             for sequence, _, _ in planned:
