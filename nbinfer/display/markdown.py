@@ -82,6 +82,8 @@ def _fence(_md: Any, tokens: Sequence[Token], i: int, _options: Any, _env: Any) 
 
 
 def _anchor(url: str) -> str:
+    if not _is_safe_link(url):  # an empty address is not checked by the parser; it means this very page
+        return "<a>"
     return f'<a href="{escape(url)}" target="_blank" rel="noopener noreferrer nofollow">'
 
 

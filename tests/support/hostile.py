@@ -52,6 +52,7 @@ CORPUS: dict[str, str] = {
     "command link": "[click](command:workbench.action.terminal.new)",
     "relative link": "[click](/lab/api/shutdown)",
     "protocol-relative link": "[click](//evil.example/)",
+    "empty link": "[click]() ![click]() [click](<>)",
     "quote in a link": '[click](https://ok.example/"onmouseover="window.__pwn=1)',
     "quote in a title": "[click](https://ok.example/ '\"onmouseover=\"window.__pwn=1')",
     "quote in an autolink": '<https://ok.example/"onmouseover="window.__pwn=1>',
@@ -134,7 +135,7 @@ _TAGS = {
 }
 _VALUES = {
     "class": r"[a-z0-9_ -]+",
-    "href": r"(https?://|mailto:)[^\s\"'<>]*",
+    "href": r"(https?://|mailto:)[^\s\"<>]*",
     "target": "_blank",
     "rel": "noopener noreferrer nofollow",
     "start": r"\d+",
