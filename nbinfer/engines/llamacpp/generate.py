@@ -19,7 +19,6 @@ import secrets
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +41,14 @@ from nbinfer.contract.results import (
     Result,
     ScoreResult,
     Timings,
-    TokenLogprob,
     Usage,
 )
 from nbinfer.engines.llamacpp.adapters import Adapters
 from nbinfer.engines.llamacpp.constrain import Constrainer
-from nbinfer.engines.llamacpp.context import ABORTED, NO_SPACE, Context, engine_version
+from nbinfer.engines.llamacpp.context import ABORTED, NO_SPACE, OK, Context, engine_version
 from nbinfer.engines.llamacpp.media import has_images, take_images
 from nbinfer.engines.llamacpp.sampling import Sampler, logprob_of
-from nbinfer.engines.llamacpp.speculate import Tally
+from nbinfer.engines.llamacpp.sequence import Scores, Sequence, Slot, common_prefix, youth
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
 from nbinfer.engines.template import ChatTemplate
@@ -69,95 +67,16 @@ if TYPE_CHECKING:
     from nbinfer.engines.llamacpp.speculate import Speculation
     from nbinfer.engines.llamacpp.weights import Weights
 
+FAILED = -1
 DEFAULT_PARALLEL = 8
 MIN_SHARED = 8
 """Shorter common prefixes are not worth waiting for."""
 STEP_SECONDS = 0.2
 """A prompt piece is sized to take about this long, so that cells stay responsive beside a batch."""
 MIN_CHUNK = 32
+
 BATCH_TURN = 3
 """While somebody waits at a cell, batch rows take part in every third step."""
-
-
-@dataclass(eq=False, slots=True)
-class Scores:
-    """The answers of one :class:`ScoreRequest`, each scored by a sequence of its own."""
-
-    logprobs: NDArray[np.float64]
-    left: int
-    cached: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class Sequence:
-    """One request on its way through the engine.
-
-    With ``scores`` it writes no text: it follows ``script``, the tokens of answer number ``answer_index``,
-    and adds up how likely each was.
-    """
-
-    request: CompletionRequest
-    stream: Stream
-    prompt: NDArray[np.int32]
-    prompt_text: str
-    sampler: Sampler
-    assembler: TextAssembler
-    seed: int
-    limit: int
-    submitted: float
-    generated: list[int] = field(default_factory=list)
-    answer: list[str] = field(default_factory=list)
-    reasoning: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    adapter: str | None = None
-    media: Media | None = None
-    scores: Scores | None = None
-    script: list[int] = field(default_factory=list)
-    answer_index: int = 0
-    thoughts: int = 0
-    guesses: list[int] = field(default_factory=list)
-    tally: Tally = field(default_factory=Tally)
-    slot: int = -1
-    position: int = 0
-    cached: int = 0
-    started: float | None = None
-    prompt_done: float | None = None
-    last_token: float | None = None
-    done: bool = False
-
-    @property
-    def interactive(self) -> bool:
-        """Whether somebody waits at a cell."""
-        return self.request.priority == "interactive"
-
-    @property
-    def length(self) -> int:
-        """Tokens known so far: prompt and answer."""
-        return len(self.prompt) + len(self.generated)
-
-    @property
-    def generating(self) -> bool:
-        """Whether all but the newest token is in the context."""
-        return bool(self.generated) and self.position == self.length - 1
-
-    def tokens(self, start: int, stop: int) -> NDArray[np.int32]:
-        """Tokens ``start`` to ``stop`` of prompt and answer together, int32."""
-        n = len(self.prompt)
-        if stop <= n:
-            return self.prompt[start:stop]
-        tail = np.array(self.generated[max(0, start - n) : stop - n], np.int32)
-        return tail if start >= n else np.concatenate([self.prompt[start:], tail])
-
-
-@dataclass(eq=False, slots=True)
-class Slot:
-    """A place for one sequence in the context, and what its memory holds."""
-
-    index: int
-    sequence: Sequence | None = None
-    adapter: str | None = None
-    held: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-    released: float = 0.0
 
 
 class CompletionEngine:
@@ -338,6 +257,29 @@ class CompletionEngine:
                 self._inbox.append(sequence)
             self._wake.notify()
         return stream
+
+    def tokenize(self, text: str, *, add_special: bool = True, special: bool = True) -> list[int]:
+        """Token ids of a text; ``special`` reads control tokens written out in it."""
+        with self._weights.in_use():
+            tokens = self._weights.tokenize(text, special=special, add_special=add_special)
+        return [int(token) for token in tokens]
+
+    def detokenize(self, tokens: list[int]) -> str:
+        """The text of tokens, control tokens written out.
+
+        Raises
+        ------
+        RequestError
+            A token is not in the vocabulary.
+        """
+        from nbinfer.contract.errors import RequestError
+
+        size = self._weights.n_vocab
+        for token in tokens:
+            if not 0 <= token < size:
+                raise RequestError(f"token {token} is not in the vocabulary of {size:,}.")
+        with self._weights.in_use():
+            return self._weights.text(tokens)
 
     def load(self) -> EngineLoad:
         """Return what is running now."""
@@ -553,7 +495,7 @@ class CompletionEngine:
         if self._shares_prefixes:
             for slot in (s for s in self._slots if s.adapter == adapter):
                 # At least one token is left to decode, for its logits.
-                n = min(_common_prefix(slot.held, tokens), len(tokens) - 1)
+                n = min(common_prefix(slot.held, tokens), len(tokens) - 1)
                 if n > shared:
                     source, shared = slot, n
         return source, shared
@@ -563,7 +505,7 @@ class CompletionEngine:
         if not self._shares_prefixes:
             return False
         coming = (
-            min(_common_prefix(s.sequence.prompt, tokens), len(tokens) - 1)
+            min(common_prefix(s.sequence.prompt, tokens), len(tokens) - 1)
             for s in self._slots
             if s.sequence is not None and not s.sequence.generated and s.adapter == adapter
         )
@@ -574,7 +516,7 @@ class CompletionEngine:
         rows = [s for s in self._slots if s.sequence is not None and not s.sequence.interactive]
         if not rows:
             return False
-        self._preempt(max(rows, key=_youth))
+        self._preempt(max(rows, key=youth))
         return True
 
     def _preempt(self, slot: Slot) -> None:
@@ -598,7 +540,7 @@ class CompletionEngine:
             return True
         taken = [s for s in self._slots if s.sequence is not None]
         if len(taken) > 1:
-            self._preempt(max(taken, key=_youth))
+            self._preempt(max(taken, key=youth))
             return True
         return False
 
@@ -624,14 +566,7 @@ class CompletionEngine:
                 self._context.clear_batch()
                 return
             self._in_flight = frozenset(sequence.stream for sequence, _, _ in planned)
-        try:
-            code = self._context.decode()
-        except EngineError as e:
-            for sequence, _, _ in planned:
-                self._finish(sequence, "error", e)
-            return
-        finally:
-            self._in_flight = frozenset()
+        code = self._decode(planned)
         if code == ABORTED:
             # Only a batch of cancelled requests, or a closing engine, is aborted; part of it may be stored.
             for sequence, _, _ in planned:
@@ -640,8 +575,19 @@ class CompletionEngine:
             if not self._make_room():
                 for sequence, _, _ in planned:
                     self._finish(sequence, "length")
-        else:
+        elif code == OK:
             self._take_outcome(planned, began)
+
+    def _decode(self, planned: list[tuple[Sequence, int, int]]) -> int:
+        """Run the batch; when it fails, those in it fail and nobody else."""
+        try:
+            return self._context.decode()
+        except EngineError as e:
+            for sequence, _, _ in planned:
+                self._finish(sequence, "error", e)
+            return FAILED
+        finally:
+            self._in_flight = frozenset()
 
     def _feed(self, sequence: Sequence) -> None:
         """Put a prompt with images into the context, by itself: mtmd does all its decoding."""
@@ -927,16 +873,3 @@ class CompletionEngine:
         if request.stop:
             params["stop"] = list(request.stop)
         return params
-
-
-def _youth(slot: Slot) -> tuple[bool, float]:
-    """Sorts batch rows after cells, and the newest last."""
-    sequence = slot.sequence
-    return (False, 0.0) if sequence is None else (not sequence.interactive, sequence.started or 0.0)
-
-
-def _common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
-    """Length of the common beginning of two token arrays."""
-    n = min(len(a), len(b))
-    differs = np.flatnonzero(a[:n] != b[:n])
-    return int(differs[0]) if len(differs) else n

@@ -167,6 +167,12 @@ class PooledEngine:
         with self._weights.in_use():
             return len(self._weights.tokenize(text, special=False, add_special=True))
 
+    def tokenize(self, text: str, *, add_special: bool = True, special: bool = False) -> list[int]:
+        """Token ids of a text; ``special`` reads control tokens written out in it."""
+        with self._weights.in_use():
+            tokens = self._weights.tokenize(text, special=special, add_special=add_special)
+        return [int(token) for token in tokens]
+
     def load(self) -> EngineLoad:
         """Return what is running now."""
         return EngineLoad(running=self._running, waiting=self._jobs.qsize(), prompt_tokens=self._done_tokens)
