@@ -548,13 +548,9 @@ class CompletionEngine:
 
     def _advance(self) -> None:
         """Decode one batch and hand its outcome to the sequences in it."""
-        active = [s.sequence for s in self._slots if s.sequence is not None]
+        active = self._turn()
         if not active:
             return
-        self._step += 1
-        if self._step % BATCH_TURN and any(s.interactive for s in active):
-            active = [s for s in active if s.interactive]
-        active = self._one_adapter(active)
         unfed = next((s for s in active if s.media is not None and s.position == 0), None)
         if unfed is not None:
             self._feed(unfed)
@@ -602,6 +598,16 @@ class CompletionEngine:
             return
         self._prompt_tokens += sequence.media.n_tokens
         self._after_decode(sequence, len(sequence.prompt), -1, time.perf_counter())
+
+    def _turn(self) -> list[Sequence]:
+        """The sequences whose turn it is."""
+        active = [s.sequence for s in self._slots if s.sequence is not None]
+        if not active:
+            return []
+        self._step += 1
+        if self._step % BATCH_TURN and any(s.interactive for s in active):
+            active = [s for s in active if s.interactive]
+        return self._one_adapter(active)
 
     def _one_adapter(self, active: list[Sequence]) -> list[Sequence]:
         """One batch runs under one adapter: take turns between those in use."""
