@@ -11,12 +11,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nbinfer.frames.accessor import enable_accessor
+    from nbinfer.frames.joining import join
     from nbinfer.frames.journal import cache
+    from nbinfer.frames.judge import classify, filter  # noqa: A004 - the operator's common name
     from nbinfer.frames.matrix import vectors
     from nbinfer.frames.neighbours import similar
     from nbinfer.frames.operators import complete, embed, submit
     from nbinfer.frames.prompts import jinja
+    from nbinfer.frames.ranking import rerank
     from nbinfer.frames.run import Run, last_run
+    from nbinfer.frames.typed import extract
 
 _WHERE = {
     "complete": "operators",
@@ -28,9 +33,31 @@ _WHERE = {
     "cache": "journal",
     "last_run": "run",
     "Run": "run",
+    "extract": "typed",
+    "classify": "judge",
+    "filter": "judge",
+    "rerank": "ranking",
+    "join": "joining",
+    "enable_accessor": "accessor",
 }
 
-__all__ = ["Run", "cache", "complete", "embed", "jinja", "last_run", "similar", "submit", "vectors"]
+__all__ = [
+    "Run",
+    "cache",
+    "classify",
+    "complete",
+    "embed",
+    "enable_accessor",
+    "extract",
+    "filter",
+    "jinja",
+    "join",
+    "last_run",
+    "rerank",
+    "similar",
+    "submit",
+    "vectors",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Metric = Literal["cosine", "dot", "euclidean"]
+Found: TypeAlias = "tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]"
+"""Pairs: query rows, corpus rows, ranks from 1, scores."""
 
 # Scores of one block: 1 024 queries x 16 384 rows are 64 MiB of float32.
 _QUERY_BLOCK = 1024
@@ -72,48 +75,124 @@ def similar(
     RequestError
         The vectors have different lengths or come from different weights, or a column is unknown.
     """
-    choice("metric", metric, ("cosine", "dot", "euclidean"))
-    if isinstance(k, bool) or k < 1:
-        raise RequestError(f"k={k!r}: it is the number of matches per query, at least 1.")
-    right, right_matrix, right_made = _side(
-        corpus, on, model=model, made=None, progress=progress, what="corpus"
+    left, right, found = _search(
+        query, corpus, on=on, k=k, metric=metric, min_score=min_score, by=by, model=model, progress=progress
     )
-    left, left_matrix, left_made = _side(
-        query, on, model=model, made=right_made, progress=progress, what="query"
-    )
-    _same_space(left_matrix, right_matrix, left_made, right_made)
-    if by is None:
-        found = top_k(left_matrix, right_matrix, k, metric=metric, min_score=min_score)
-    else:
-        found = _grouped(left, right, by, left_matrix, right_matrix, k, metric=metric, min_score=min_score)
     return _long(left, right, *found)
 
 
-def _side(
-    data: Any,
-    on: Any,
+def neighbours(
+    left: Any,
+    right: Any,
     *,
+    names: tuple[str, str],
+    left_made: dict[str, Any] | None,
+    right_made: dict[str, Any] | None,
+    k: int,
+    metric: Metric,
+    min_score: float | None,
     model: Any,
-    made: dict[str, Any] | None,
     progress: Any,
-    what: str,
-) -> tuple[Table, NDArray[np.float32], dict[str, Any] | None]:
-    """Return the rows, their vectors, and what made the vectors (None when nobody knows)."""
+) -> Found:
+    """Return the positions of the nearest pairs of two columns, as :func:`top_k` does.
+
+    Parameters
+    ----------
+    names
+        What the columns are called in their frames.
+    left_made, right_made
+        The frames' provenance, which may say who made the vectors.
+    """
+    _check(k, metric)
+    sides = (
+        Side(read(left), left, _made_by(left_made, names[0])),
+        Side(read(right), right, _made_by(right_made, names[1])),
+    )
+    return _matched(*sides, k=k, metric=metric, min_score=min_score, by=None, model=model, progress=progress)
+
+
+def _check(k: int, metric: str) -> None:
+    choice("metric", metric, ("cosine", "dot", "euclidean"))
+    if isinstance(k, bool) or k < 1:
+        raise RequestError(f"k={k!r}: it is the number of matches per query, at least 1.")
+
+
+@dataclass(frozen=True)
+class Side:
+    """Queries or corpus: the rows, their column of texts or vectors, and what made the vectors (if known)."""
+
+    table: Table
+    column: Any
+    made: dict[str, Any] | None
+
+
+def _search(
+    query: Any,
+    corpus: Any,
+    *,
+    on: Any,
+    k: int,
+    metric: Metric,
+    min_score: float | None,
+    by: Any,
+    model: Any,
+    progress: Any,
+) -> tuple[Table, Table, Found]:
+    _check(k, metric)
+    right, left = _side(corpus, on, "corpus"), _side(query, on, "query")
+    options = {
+        "k": k,
+        "metric": metric,
+        "min_score": min_score,
+        "by": by,
+        "model": model,
+        "progress": progress,
+    }
+    return left.table, right.table, _matched(left, right, **options)
+
+
+def _side(data: Any, on: Any, what: str) -> Side:
     if isinstance(data, str):
         data = [data]
     if isinstance(data, np.ndarray) and data.dtype != object and data.ndim:
         matrix = np.atleast_2d(np.asarray(data, np.float32))
-        return read(list(range(len(matrix)))), matrix, None
+        return Side(read(list(range(len(matrix)))), matrix, None)
     table = read(data)
-    if not table.only and on is None:
+    if table.only:
+        return Side(table, table.native, _made_by(table.provenance(), None))
+    if on is None:
         raise RequestError(f"similar: which column of the {what}? Pass on='column'.")
-    if not table.only and str(on) not in table.names:
+    if str(on) not in table.names:
         raise unknown_column(str(on), table.names, asked_by=f"on (the {what})")
-    column = table.native if table.only else table.column(on)
-    values = Table(column, table.family, "series", (str(on),), table.rows)
-    if not _is_text(values):
-        earlier = _made_by(table.provenance(), None if table.only else str(on))
-        return table, vectors(column), earlier
+    return Side(table, table.column(on), _made_by(table.provenance(), str(on)))
+
+
+def _matched(
+    left: Side,
+    right: Side,
+    *,
+    k: int,
+    metric: Metric,
+    min_score: float | None,
+    by: Any,
+    model: Any,
+    progress: Any,
+) -> Found:
+    corpus, right_made = _vectors(right, None, model=model, progress=progress, what="corpus")
+    queries, left_made = _vectors(left, right_made, model=model, progress=progress, what="query")
+    _same_space(queries, corpus, left_made, right_made)
+    if by is None:
+        return top_k(queries, corpus, k, metric=metric, min_score=min_score)
+    return _grouped(left.table, right.table, by, queries, corpus, k, metric=metric, min_score=min_score)
+
+
+def _vectors(
+    side: Side, made: dict[str, Any] | None, *, model: Any, progress: Any, what: str
+) -> tuple[NDArray[np.float32], dict[str, Any] | None]:
+    """Return a side's vectors, embedding its texts as the other side (``made``) was, and what made them."""
+    column = side.column
+    if isinstance(column, np.ndarray) or not _is_text(read(column)):
+        return vectors(column), side.made
     loaded = resolve(model, Mode.EMBEDDING)
     if made is not None and made.get("digest") not in {None, weights(loaded)}:
         raise RequestError(
@@ -132,8 +211,7 @@ def _side(
         on_error="raise" if what == "query" else "null",
         progress=progress,
     )
-    info = {"digest": weights(loaded), "model": loaded.info.model, "params": {}}
-    return table, vectors(out["embedding"]), info
+    return vectors(out["embedding"]), {"digest": weights(loaded), "model": loaded.info.model, "params": {}}
 
 
 def _is_text(column: Table) -> bool:
@@ -178,7 +256,7 @@ def top_k(
     *,
     metric: Metric = "cosine",
     min_score: float | None = None,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+) -> Found:
     """Return the k best pairs of each query: query rows, corpus rows, ranks from 1, scores.
 
     Parameters
@@ -260,7 +338,7 @@ def _grouped(
     *,
     metric: Metric,
     min_score: float | None,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+) -> Found:
     if left.only or right.only:
         raise RequestError("by='column' needs a frame on both sides.")
     lefts, rights = (table.values([str(by)], 0, table.rows)[0] for table in (left, right))

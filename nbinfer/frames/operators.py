@@ -52,7 +52,14 @@ def resolve(model: Any, mode: Mode) -> FrameModel:
     return found
 
 
-def _too_long(policy: str) -> None:
+def check_too_long(policy: str) -> None:
+    """Refuse a rule for over-long texts that cannot be kept.
+
+    Raises
+    ------
+    RequestError, NotSupported
+        It is unknown, or needs a tokenizer.
+    """
     choice("too_long", policy, ("error", "head", "tail"))
     if policy != "error":
         raise NotSupported(
@@ -61,17 +68,33 @@ def _too_long(policy: str) -> None:
         )
 
 
-def side_columns(run: Run, columns: Columns, names: Sequence[str]) -> dict[str, Any]:
+def side_columns(columns: Columns, names: Sequence[str] = SIDE) -> dict[str, Any]:
     """Return the bookkeeping columns called ``names``, as Arrow arrays."""
-    del run
     return {name: getattr(columns, name)() for name in names}
 
 
-def _positions(columns: Columns, table: Table, samples: int) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+def positions(columns: Columns, table: Table, per_row: int) -> np.ndarray[Any, np.dtype[np.int64]] | None:
     """Return the input row behind each output row; None when they are the same."""
     if columns.rows is not None:
-        return columns.rows // samples
-    return None if samples == 1 else np.repeat(np.arange(table.rows), samples)
+        return columns.rows // per_row
+    return None if per_row == 1 else np.repeat(np.arange(table.rows), per_row)
+
+
+def finish(
+    table: Table,
+    run: Run,
+    columns: Columns,
+    values: Mapping[str, Any],
+    beside: Mapping[str, Any],
+    *,
+    names: Mapping[str, str],
+    keep: bool,
+    per_row: int = 1,
+) -> Any:
+    """Put a run's columns beside the rows they belong to, with their provenance."""
+    named = {**values, **{names[column]: array for column, array in beside.items()}}
+    info = {**run.info, "columns": list(named)}
+    return table.with_columns(named, keep=keep, rows=positions(columns, table, per_row), info=info)
 
 
 def complete(
@@ -197,7 +220,7 @@ def _complete(
     import pyarrow as pa
 
     table = read(data)
-    _too_long(too_long)
+    check_too_long(too_long)
     if isinstance(n, bool) or n < 1:
         raise RequestError(f"n={n!r}: it is the number of answers per row, at least 1.")
     if n > 1 and temperature == 0:
@@ -205,7 +228,7 @@ def _complete(
             f"n={n} with temperature=0 would give {n} times the same answer; set temperature=0.7 or so."
         )
     side = (*(("sample",) if n > 1 else ()), *SIDE, *(("mean_logprob", "logprobs") if logprobs else ()))
-    names = table.free_names([name], side, prefix=name) if keep else {c: c for c in (name, *side)}
+    names = table.free_names([name], side, prefix=name, keep=keep)
     asked = make_prompt(prompt, on, table.names, only=table.only, call="complete")
     loaded = resolve(model, Mode.COMPLETION)
     params = {
@@ -219,19 +242,26 @@ def _complete(
     work = completion_work("complete", params, seed=seed)
 
     def build(run: Run, columns: Columns) -> Any:
-        out = {name: columns.values(pa.large_string())}
+        beside = {}
         if n > 1:
             position = np.arange(len(columns.row_job)) if columns.rows is None else columns.rows
-            out["sample"] = pa.array((position % n).astype(np.int16))
-        out |= side_columns(run, columns, SIDE)
+            beside["sample"] = pa.array((position % n).astype(np.int16))
+        beside |= side_columns(columns)
         if logprobs:
-            out |= logprob_columns(columns)
-        named = {names[column]: array for column, array in out.items()}
-        info = {**run.info, "columns": list(named)}
-        return table.with_columns(named, keep=keep, rows=_positions(columns, table, n), info=info)
+            beside |= logprob_columns(columns)
+        values = {name: columns.values(pa.large_string())}
+        return finish(table, run, columns, values, beside, names=names, keep=keep, per_row=n)
 
     plan = make_plan(
-        table, asked, work, loaded, samples=n, seed=seed if temperature > 0 else 0, nulls=nulls, cache=cache
+        table,
+        asked,
+        work,
+        loaded,
+        expand=lambda content: [(content, sample) for sample in range(n)],
+        per_row=n,
+        seed=seed if temperature > 0 else 0,
+        nulls=nulls,
+        cache=cache,
     )
     advice = asked.advice if isinstance(asked, Template) and table.rows >= _ADVISE_ROWS else None
     return Run(plan, build, params={**params, "n": n, "name": name}, on_error=on_error, advice=advice)
@@ -319,10 +349,10 @@ def kind_prefix(model_name: str, kind: Literal["query", "document"] | None) -> s
     return ""
 
 
-def _text(content: Any) -> str:
+def _text(content: Any) -> list[tuple[Any, int]]:
     if not isinstance(content, str):
         raise RequestError("a row holds a conversation; an embedding is of text.")
-    return content
+    return [(content, 0)]
 
 
 def embed(
@@ -401,10 +431,10 @@ def _embed(
     keep: bool = True,
 ) -> Run:
     table = read(data)
-    _too_long(too_long)
+    check_too_long(too_long)
     choice("kind", kind, (None, "query", "document"))
     side = ("n_tokens", "error")
-    names = table.free_names([name], side, prefix=name) if keep else {c: c for c in (name, *side)}
+    names = table.free_names([name], side, prefix=name, keep=keep)
     asked = make_prompt(prompt, on, table.names, only=table.only, call="embed")
     loaded = resolve(model, Mode.EMBEDDING)
     size = loaded.info.dimensions
@@ -413,21 +443,13 @@ def _embed(
     work = EmbeddingWork(normalize, dims, kind_prefix(loaded.info.model, kind))
 
     def build(run: Run, columns: Columns) -> Any:
-        out = {
-            name: columns.vectors(dims or size),
-            "n_tokens": columns.prompt_tokens(),
-            "error": columns.error(),
-        }
-        named = {names[column]: array for column, array in out.items()}
-        info = {**run.info, "columns": list(named)}
-        return table.with_columns(named, keep=keep, rows=_positions(columns, table, 1), info=info)
+        beside = {"n_tokens": columns.prompt_tokens(), "error": columns.error()}
+        values = {name: columns.vectors(dims or size)}
+        return finish(table, run, columns, values, beside, names=names, keep=keep)
 
-    plan = make_plan(table, asked, work, loaded, convert=_text, nulls=nulls, cache=cache)
+    plan = make_plan(table, asked, work, loaded, expand=_text, nulls=nulls, cache=cache)
     params = {"normalize": normalize, "dims": dims, "kind": kind, "prefix": work.prefix, "name": name}
     return Run(plan, build, params=params, on_error=on_error)
-
-
-_OPERATIONS: dict[str, Callable[..., Run]] = {"complete": _complete, "embed": _embed}
 
 
 def submit(data: Any, prompt: Any = None, *, operation: str = "complete", **options: Any) -> Run:
@@ -438,7 +460,7 @@ def submit(data: Any, prompt: Any = None, *, operation: str = "complete", **opti
     data, prompt, **options
         As for the operator.
     operation
-        Its name: ``complete``, ``embed``, ``extract`` or ``classify``.
+        Its name: ``complete``, ``embed``, ``extract`` (with ``schema=``) or ``classify`` (with ``labels=``).
 
     Returns
     -------
@@ -446,6 +468,15 @@ def submit(data: Any, prompt: Any = None, *, operation: str = "complete", **opti
         ``.frame()`` at any time, ``.wait()``, ``.cancel()``, ``.retry_failed()``; iterating gives frames of
         rows as they finish.
     """
-    choice("operation", operation, tuple(_OPERATIONS))
+    from nbinfer.frames.judge import plan_classify
+    from nbinfer.frames.typed import plan_extract
+
+    plans: dict[str, Callable[..., Run]] = {
+        "complete": _complete,
+        "embed": _embed,
+        "extract": plan_extract,
+        "classify": plan_classify,
+    }
+    choice("operation", operation, tuple(plans))
     options.pop("progress", None)
-    return remember(_OPERATIONS[operation](data, prompt, **options)).start()
+    return remember(plans[operation](data, prompt=prompt, **options)).start()

@@ -162,6 +162,24 @@ class Columns:
             items = [None if job in errors else value for job, value in enumerate(items)]
         return self._scatter(pa.array(items, arrow_type))
 
+    def categories(self, items: list[str | None], names: tuple[str, ...]) -> Any:
+        """Return texts, one per job, as a category of exactly these names."""
+        code = {name: i for i, name in enumerate(names)}
+        codes = np.array([NONE if item is None else code[item] for item in items], np.int16)
+        return category(codes[self.row_job] if len(codes) else codes, names)
+
+    def numbers(self, values: NDArray[np.float64]) -> Any:
+        """Return numbers, one per job, as float32; NaN is null."""
+        import pyarrow as pa
+
+        rows = values[self.row_job].astype(np.float32) if len(values) else np.zeros(0, np.float32)
+        return pa.array(rows, mask=np.isnan(rows))
+
+    def by_row(self, per_row: int) -> Columns:
+        """Return the same rows with one place per input row, where a row asks ``per_row`` questions."""
+        places = None if self.rows is None else self.rows[::per_row] // per_row
+        return Columns(self.outcomes, self._all, places)
+
     def raw(self) -> Any:
         """Return the text as the model wrote it, failed rows included."""
         import pyarrow as pa
@@ -246,7 +264,7 @@ def fixed_size_list(matrix: NDArray[np.float32], missing: NDArray[np.bool_] | No
     return pa.FixedSizeListArray.from_arrays(flat, matrix.shape[1], mask=mask)
 
 
-def category(codes: NDArray[np.int8], names: tuple[str, ...]) -> Any:
+def category(codes: NDArray[Any], names: tuple[str, ...]) -> Any:
     """Return a dictionary array; code -1 is null."""
     import pyarrow as pa
 

@@ -54,6 +54,9 @@ CacheMode: TypeAlias = bool | Literal["refresh"]
 OnError: TypeAlias = Literal["null", "raise", "stop"]
 Nulls: TypeAlias = Literal["skip", "empty", "error"]
 
+Expand: TypeAlias = "Callable[[Any], list[tuple[Any, int]]]"
+"""From what a row's prompt rendered to the row's questions, each with the number of its sample."""
+
 _CHUNK = 4096
 _GRACE_SECONDS = 10.0
 _SAME_REFUSALS = 3
@@ -88,7 +91,7 @@ class Plan:
     outcomes: Outcomes
     contents: dict[int, Any]
     keys: dict[int, bytes]
-    samples: int = 1
+    per_row: int = 1
     seed: int | None = 0
     journal: Journal | None = None
     rows_of: NDArray[np.int64] = field(init=False)
@@ -98,7 +101,7 @@ class Plan:
 
     def first_row(self, job: int) -> int:
         """Return the first input row that asks this job."""
-        return int(np.argmax(self.row_job == job)) // self.samples
+        return int(np.argmax(self.row_job == job)) // self.per_row
 
 
 def describe(error: BaseException) -> str:
@@ -112,14 +115,19 @@ def kind(error: str) -> str:
     return error.partition(":")[0]
 
 
+def once(content: Any) -> list[tuple[Any, int]]:
+    """Ask what the row says, once."""
+    return [(content, 0)]
+
+
 def make_plan(
     table: Table,
     prompt: Prompt,
     work: Work,
     model: FrameModel,
     *,
-    convert: Callable[[Any], Any] | None = None,
-    samples: int = 1,
+    expand: Expand = once,
+    per_row: int = 1,
     seed: int | None = 0,
     nulls: Nulls = "skip",
     cache: CacheMode = True,
@@ -128,17 +136,17 @@ def make_plan(
 
     Parameters
     ----------
-    convert
-        Turns what the prompt rendered into a job's content; raises for a row that has none.
-    samples
-        Answers per row.
+    expand
+        Turns what the prompt rendered into the row's questions; raises for a row that has none.
+    per_row
+        How many questions that are.
     seed
         None: nothing is repeatable, so that neither journal nor duplicates are used.
     """
     choice("nulls", nulls, ("skip", "empty", "error"))
     choice("cache", cache, (True, False, "refresh"))
     planner = _Planner(
-        prompt, work, Keys({**work.constants(model), "run_seed": seed}), convert, samples, seed, nulls
+        prompt, work, Keys({**work.constants(model), "run_seed": seed}), expand, per_row, seed, nulls
     )
     journal = open_journal() if cache is not False and seed is not None and weights(model) else None
     for start in range(0, table.rows, _CHUNK):
@@ -157,7 +165,7 @@ def make_plan(
         planner.outcomes,
         planner.contents,
         planner.keys,
-        samples=samples,
+        per_row=per_row,
         seed=seed,
         journal=journal,
     )
@@ -171,8 +179,8 @@ class _Planner:
         prompt: Prompt,
         work: Work,
         keys_of: Keys,
-        convert: Callable[[Any], Any] | None,
-        samples: int,
+        expand: Expand,
+        per_row: int,
         seed: int | None,
         nulls: Nulls,
     ) -> None:
@@ -183,8 +191,8 @@ class _Planner:
         self._prompt = prompt
         self._work = work
         self._keys_of = keys_of
-        self._convert = convert
-        self._samples = samples
+        self._expand = expand
+        self._per_row = per_row
         self._seed = seed
         self._nulls = nulls
         self._seen: dict[bytes, int] = {}
@@ -195,24 +203,25 @@ class _Planner:
         fresh: dict[bytes, int] = {}
         for row, values in enumerate(rows, start=start):
             try:
-                content = _content(self._prompt, values, self._nulls, self._convert)
+                content = _content(self._prompt, values, self._nulls)
+                questions = [] if content is None else self._expand(content)
                 # Without a seed no two answers are the same question: the row becomes part of it.
-                question = content if self._seed is not None else [row, content]
-                asked = (
-                    [] if content is None else [self._keys_of.key(question, i) for i in range(self._samples)]
-                )
+                asked = [
+                    self._keys_of.key(question if self._seed is not None else [row, question], sample)
+                    for question, sample in questions
+                ]
             except Exception as error:  # noqa: BLE001 - a row that cannot be rendered is that row's error
                 job = self.outcomes.add()
                 self.outcomes.fail(job, describe(error))
-                self.row_job.extend([job] * self._samples)
+                self.row_job.extend([job] * self._per_row)
                 continue
             if content is None:
-                self.row_job.extend([self._skip()] * self._samples)
-            for key in asked:
+                self.row_job.extend([self._skip()] * self._per_row)
+            for key, (question, _) in zip(asked, questions, strict=True):
                 known = self._seen.get(key)
                 if known is None:
                     known = self._seen[key] = fresh[key] = self.outcomes.add()
-                    self.contents[known] = content
+                    self.contents[known] = question
                     self.keys[known] = key
                 self.row_job.append(known)
         return fresh
@@ -234,9 +243,7 @@ class _Planner:
                 del self.contents[job], self.keys[job]
 
 
-def _content(
-    prompt: Prompt, values: Sequence[Any], nulls: Nulls, convert: Callable[[Any], Any] | None
-) -> Any:
+def _content(prompt: Prompt, values: Sequence[Any], nulls: Nulls) -> Any:
     if not prompt.takes_null and any(v is None for v in values):
         if nulls == "skip":
             return None
@@ -244,10 +251,7 @@ def _content(
             missing = [repr(c) for c, v in zip(prompt.columns, values, strict=True) if v is None]
             raise NullField(f"column {', '.join(missing)} is null in this row.")
         values = ["" if v is None else v for v in values]
-    content = prompt.render(values)
-    if content is None or convert is None:
-        return content
-    return convert(content)
+    return prompt.render(values)
 
 
 class Run:
@@ -370,9 +374,13 @@ class Run:
 
     def frame(self) -> Any:
         """Return all rows with the results there are so far; rows not reached yet are null."""
+        return self._build(self, self.columns())
+
+    def columns(self) -> Columns:
+        """Return what there is so far as Arrow columns, the raw material of :meth:`frame`."""
         with self._lock:
             snapshot = self._plan.outcomes.copy()
-        return self._build(self, Columns(snapshot, self._plan.row_job))
+        return Columns(snapshot, self._plan.row_job)
 
     def retry_failed(self) -> Run:
         """Ask again for the rows that failed or were cancelled, in the background; keep the others.
@@ -397,7 +405,7 @@ class Run:
             outcomes,
             dict(old.contents),
             dict(old.keys),
-            samples=old.samples,
+            per_row=old.per_row,
             seed=old.seed,
             journal=old.journal,
         )
@@ -407,17 +415,19 @@ class Run:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield small frames of rows as they finish, in the order of finishing."""
-        seen = np.zeros(len(self._plan.outcomes), bool)
+        plan = self._plan
+        seen = np.zeros(plan.table.rows, bool)
         while True:
             over = self.done
             with self._lock:
-                finish = np.array(self._plan.outcomes.finish, np.int8)
-                new = (finish != oc.PENDING) & ~seen
-                snapshot = self._plan.outcomes.copy() if new.any() else None
+                finish = np.array(plan.outcomes.finish, np.int8)
+                ended = (finish != oc.PENDING)[plan.row_job].reshape(-1, plan.per_row).all(axis=1)
+                new = ended & ~seen
+                snapshot = plan.outcomes.copy() if new.any() else None
             if snapshot is not None:
                 seen |= new
-                rows = np.flatnonzero(new[self._plan.row_job])
-                yield self._build(self, Columns(snapshot, self._plan.row_job, rows))
+                rows = np.flatnonzero(np.repeat(new, plan.per_row))
+                yield self._build(self, Columns(snapshot, plan.row_job, rows))
             if over:
                 return
             self._finished.wait(0.1)

@@ -101,33 +101,28 @@ class Table:
     # -- writing ------------------------------------------------------------------------------------------
 
     def free_names(
-        self, value_names: Sequence[str], side_names: Sequence[str], *, prefix: str
+        self, value_names: Sequence[str], side_names: Sequence[str], *, prefix: str, keep: bool
     ) -> dict[str, str]:
-        """Choose names for the new columns so that none of the input's is overwritten.
+        """Choose names for the side columns so that none of the input's is overwritten.
 
-        The side columns (``error``, …) all take the prefix ``<prefix>_`` as soon as one of them is taken,
-        so that a call's columns stay recognisable as a group.
+        The side columns (``error``, …) all take the prefix ``<prefix>_`` as soon as one of them is taken, by
+        the frame or by a value column, so that a call's columns stay recognisable as a group.
 
         Raises
         ------
         RequestError
             A value column's name is taken, or a prefixed one is.
         """
-        wanted = [*value_names, *side_names]
-        if len(set(wanted)) != len(wanted):
-            twice = sorted({name for name in wanted if wanted.count(name) > 1})
-            raise RequestError(
-                f"the results would hold {', '.join(map(repr, twice))} twice; choose another name."
-            )
-        taken = set(self.names) if self.kind == "frame" else set()
+        _unique(value_names)
+        taken = set(self.names) if keep and self.kind == "frame" else set()
         clash = [name for name in value_names if name in taken]
         if clash:
             raise RequestError(
                 f"the frame already has a column {clash[0]!r}, and nothing is overwritten.\n"
                 f"Choose another name (name='{clash[0]}2'), drop the column, or pass keep=False.",
             )
-        if taken.isdisjoint(side_names):
-            return {name: name for name in wanted}
+        if (taken | set(value_names)).isdisjoint(side_names):
+            return {name: name for name in side_names}
         prefixed = {name: f"{prefix}_{name}" for name in side_names}
         clash = sorted((taken | set(value_names)) & set(prefixed.values()))
         if clash:
@@ -135,7 +130,30 @@ class Table:
                 f"the frame already has {', '.join(map(repr, clash))}, and nothing is overwritten.\n"
                 f"Choose another name than {prefix!r}, drop them, or pass keep=False.",
             )
-        return {name: name for name in value_names} | prefixed
+        return prefixed
+
+    def take(self, rows: NDArray[np.int64]) -> Any:
+        """Return some of the rows, in the family (and, for a list, the list) that came in."""
+        if self.kind == "list":
+            return [self.native.iloc[row] for row in rows.tolist()]
+        if self.family == "pandas":
+            return self.native.take(rows)
+        if self.family == "polars":
+            return self.native[rows]
+        import pyarrow as pa
+
+        return self.native.take(pa.array(rows))
+
+    def series(self, values: NDArray[Any], missing: NDArray[np.bool_], *, name: str) -> Any:
+        """Return one value per row as the family's own series, with the index that came in."""
+        import pyarrow as pa
+
+        array = pa.array(values, mask=missing)
+        if self.family == "pandas":
+            import pandas as pd
+
+            return pd.Series(to_pandas(array), index=self.native.index, name=name)
+        return _to_polars(array).alias(name) if self.family == "polars" else array
 
     def with_columns(
         self,
@@ -164,8 +182,10 @@ class Table:
         if self.family == "polars":
             import polars as pl
 
-            base = (self.native if rows is None else self.native[rows]) if keep else pl.DataFrame()
-            return base.with_columns([_to_polars(array).alias(name) for name, array in columns.items()])
+            new = [_to_polars(array).alias(name) for name, array in columns.items()]
+            if not keep:
+                return pl.DataFrame(new)
+            return (self.native if rows is None else self.native[rows]).with_columns(new)
         import pyarrow as pa
 
         if keep:

@@ -223,12 +223,22 @@ def test_other_sequences_of_text_are_read(index: Any) -> None:
     assert list(complete(index, model=chat_model())["completion"]) == ["a", "b"]
 
 
+@pytest.mark.parametrize("column", [pl.Series("q", ["a", "b"]), pa.chunked_array([["a"], ["b"]]), ("a", "b")])
+def test_a_column_alone_gives_the_results_alone(column: Any) -> None:
+    out = complete(column, "say {text}", model=chat_model())
+    names = out.column_names if isinstance(out, pa.Table) else list(out.columns)
+    assert names == RESULTS
+    assert [str(v) for v in out["completion"]] == ["say a", "say b"]
+    alone = complete(pl.DataFrame({"q": ["a"]}), on="q", keep=False, model=chat_model())
+    assert alone.columns == RESULTS
+
+
 def test_a_taken_name_raises_before_any_work() -> None:
     model = chat_model()
     for columns, name, says in (
         (["text", "completion"], "completion", "already has a column 'completion'"),
         (["text", "error", "completion_error"], "completion", "'completion_error'"),
-        (["text"], "error", "'error' twice"),
+        (["text", "error_error"], "error", "'error_error'"),
         (["text"], "text", "already has a column 'text'"),
     ):
         frame = pd.DataFrame([["x"] * len(columns)], columns=columns)

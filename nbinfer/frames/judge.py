@@ -1,0 +1,506 @@
+"""``classify`` and ``filter``: the model's own probabilities of a few answers, without generating any.
+
+Every answer is scored behind the prompt, which is computed once, so a label costs a few tokens and comes with
+a probability. Nothing falls back to a default: a row that fails has no label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from nbinfer.contract.errors import ContextOverflow, EngineError, NotSupported, RequestError
+from nbinfer.contract.modes import Mode
+from nbinfer.contract.requests import ScoreRequest
+from nbinfer.frames.operators import check_too_long, completion_work, finish, resolve
+from nbinfer.frames.outcomes import Record
+from nbinfer.frames.progress import make_sink
+from nbinfer.frames.prompts import make_prompt
+from nbinfer.frames.run import Run, choice, make_plan, once, remember
+from nbinfer.frames.tables import read
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from nbinfer.contract.results import ScoreResult
+    from nbinfer.engines.protocol import Engine, EngineInfo
+    from nbinfer.frames.outcomes import Columns
+    from nbinfer.frames.progress import Sink
+    from nbinfer.frames.run import CacheMode, Nulls, OnError
+    from nbinfer.frames.tables import Table
+    from nbinfer.frames.work import CompletionWork, FrameModel
+
+Method = Literal["logits", "generate"]
+
+# A chat model says "Yes" or "yes": both count.
+YES, NO = ("Yes", "yes"), ("No", "no")
+
+
+@dataclass(frozen=True)
+class ScoreWork:
+    """The log-probability of each answer for each row, shape (answers,).
+
+    ``base`` holds the system prompt and whether the text is sent raw.
+    """
+
+    op: str
+    base: CompletionWork
+    answers: tuple[str, ...]
+
+    mode = Mode.COMPLETION
+    batch = 1
+
+    def constants(self, model: FrameModel) -> dict[str, Any]:
+        """Return what all rows share and results depend on, as JSON."""
+        shared = self.base.constants(model)
+        keep = ("backend", "weights", "adapters", "kv_type", "system", "raw", "think")
+        return {"op": "score", "answers": list(self.answers), **{name: shared[name] for name in keep}}
+
+    def window(self, info: EngineInfo) -> int:
+        """Return how many requests to keep with the engine at once."""
+        return self.base.window(info)
+
+    def order(self, content: Any) -> Any:
+        """Return the sort key that brings contents with a common beginning together."""
+        return self.base.order(content)
+
+    def refuse(self, engine: Engine, content: Any) -> ContextOverflow | None:
+        """Return the error of a content that cannot fit, before anything is computed."""
+        return self.base.refuse(engine, content)
+
+    def request(self, contents: Sequence[Any], seeds: Sequence[int | None]) -> ScoreRequest:
+        """Return the request for these contents."""
+        question = self.base.request(contents, seeds)
+        return ScoreRequest(
+            answers=self.answers,
+            messages=question.messages,
+            prompt=question.prompt,
+            think=question.think,
+            priority="batch",
+        )
+
+    def records(self, result: ScoreResult, contents: Sequence[Any]) -> list[Record]:
+        """Return one record per content."""
+        del contents
+        if result.logprobs.shape != (len(self.answers),):
+            raise EngineError(f"the engine scored {result.logprobs.size} of {len(self.answers)} answers.")
+        return [
+            Record(
+                np.asarray(result.logprobs, np.float64),
+                prompt_tokens=result.prompt_tokens,
+                cached_tokens=result.cached_tokens,
+            ),
+        ]
+
+    def accept(self, record: Record) -> tuple[Any, Exception | None]:
+        """Return the answers' shares, and why there are none (or None)."""
+        if np.isnan(record.value).any() or not np.isfinite(record.value).any():
+            return None, EngineError("the model gives none of the answers a probability.")
+        weights = np.exp(record.value - record.value.max())
+        return weights / weights.sum(), None
+
+    def encode(self, value: Any) -> bytes:
+        """Return a value as the bytes that the journal keeps."""
+        return np.asarray(value, "<f8").tobytes()
+
+    def decode(self, data: bytes) -> Any:
+        """Return the value behind such bytes."""
+        return np.frombuffer(data, "<f8")
+
+
+def label_texts(labels: Any, *, least: int) -> dict[str, str]:
+    """Return the labels with their descriptions (empty where there is none), in their order.
+
+    Raises
+    ------
+    RequestError
+        Fewer than ``least``, repeated, or not text.
+    """
+    found: dict[Any, str]
+    if isinstance(labels, type) and issubclass(labels, Enum):
+        found = {str(member.value): "" for member in labels}
+        count = len(list(labels))
+    elif isinstance(labels, Mapping):
+        found = {label: str(text or "") for label, text in labels.items()}
+        count = len(found)
+    elif isinstance(labels, Sequence) and not isinstance(labels, str):
+        found = dict.fromkeys(labels, "")
+        count = len(labels)
+    else:
+        raise RequestError(
+            f"labels is {type(labels).__name__}: it is a list of texts, a dict of label to description, "
+            "or an Enum.",
+        )
+    unfit = [label for label in found if not isinstance(label, str) or not label]
+    if unfit:
+        raise RequestError(f"labels holds {unfit[0]!r}, which is not a text of at least one character.")
+    if count < least or len(found) != count:
+        raise RequestError(f"labels needs at least {least} different texts.")
+    return found
+
+
+def _lines(labels: Mapping[str, str]) -> str:
+    lines = (f"- {label}: {text}" if text else f"- {label}" for label, text in labels.items())
+    return "\n".join(lines).replace("{", "{{").replace("}", "}}")
+
+
+def classify(
+    data: Any,
+    labels: Any,
+    prompt: Any = None,
+    *,
+    on: Any = None,
+    multi: bool = False,
+    probs: bool = False,
+    threshold: float = 0.5,
+    method: Method | None = None,
+    name: str = "label",
+    model: Any = None,
+    cache: CacheMode = True,
+    on_error: OnError = "null",
+    nulls: Nulls = "skip",
+    too_long: str = "error",
+    keep: bool = True,
+    progress: bool | Sink | None = None,
+    **options: Any,
+) -> Any:
+    """Give each row one of the labels, or with ``multi`` any number of them, with probabilities.
+
+    Parameters
+    ----------
+    labels
+        A list of texts, a dict of label to description, or an Enum (its values).
+    prompt
+        As for :func:`complete`. Without one, and with ``on`` or a list or Series, the prompt names the labels
+        and their descriptions.
+    multi
+        Ask for each label by itself whether it applies.
+    probs
+        Add ``p_<label>``, float32: the label's share among the labels, or with ``multi`` the probability
+        that it applies.
+    threshold
+        With ``multi``: the least probability of a label that applies.
+    method
+        "logits" scores the labels without generating; "generate" lets the model write one, without
+        probabilities; None: the first, where the engine can.
+    name
+        The labels' column.
+    data, on, model, cache, on_error, nulls, keep, progress, **options
+        As for :func:`complete`; options are ``system``, ``raw``, ``think``.
+
+    Returns
+    -------
+    DataFrame
+        ``label`` (a category of the labels; with ``multi`` a list of text), ``confidence`` float32 (the share
+        of the label; with ``multi`` the probability of the least certain decision), ``p_<label>``, ``error``.
+
+    Raises
+    ------
+    RequestError
+        The call itself is wrong.
+    """
+    choice("method", method, (None, "logits", "generate"))
+    arguments: dict[str, Any] = {
+        "on": on,
+        "multi": multi,
+        "probs": probs,
+        "threshold": threshold,
+        "name": name,
+        "model": model,
+        "cache": cache,
+        "on_error": on_error,
+        "nulls": nulls,
+        "too_long": too_long,
+        "keep": keep,
+        **options,
+    }
+    sink = make_sink(progress)
+    if method is None and not (multi or probs):
+        try:
+            return remember(plan_classify(data, labels, prompt, **arguments)).run(sink)
+        except NotSupported:
+            method = "generate"
+    return remember(plan_classify(data, labels, prompt, method=method, **arguments)).run(sink)
+
+
+def plan_classify(
+    data: Any,
+    labels: Any,
+    prompt: Any = None,
+    *,
+    on: Any = None,
+    multi: bool = False,
+    probs: bool = False,
+    threshold: float = 0.5,
+    method: Method | None = None,
+    name: str = "label",
+    model: Any = None,
+    cache: CacheMode = True,
+    on_error: OnError = "null",
+    nulls: Nulls = "skip",
+    too_long: str = "error",
+    keep: bool = True,
+    **options: Any,
+) -> Run:
+    """Return the run that :func:`classify` waits for."""
+    choice("method", method, (None, "logits", "generate"))
+    table = read(data)
+    check_too_long(too_long)
+    check_share("threshold", threshold)
+    texts = label_texts(labels, least=1 if multi else 2)
+    if method == "generate" and (multi or probs):
+        raise RequestError(
+            "method='generate' gives one label and no probabilities; leave out multi and probs."
+        )
+    values = [name, *([f"p_{label}" for label in texts] if probs else ())]
+    names = table.free_names(values, ("confidence", "error"), prefix=name, keep=keep)
+    asked = make_prompt(
+        prompt,
+        on,
+        table.names,
+        only=table.only,
+        default=_classify_prompt(texts, multi=multi),
+        call="classify",
+    )
+    loaded = resolve(model, Mode.COMPLETION)
+    params: dict[str, Any] = {"labels": list(texts), "multi": multi, "name": name}
+    if multi:
+        return _plan_multi(
+            table,
+            asked,
+            texts,
+            options,
+            loaded,
+            params,
+            threshold,
+            probs,
+            names,
+            keep,
+            cache,
+            nulls,
+            on_error,
+        )
+    answers = tuple(texts)
+    if method == "generate":
+        work: Any = completion_work("classify", {**options, "choices": answers, "max_tokens": None}, seed=0)
+    else:
+        work = ScoreWork("classify", completion_work("classify", options, seed=0), answers)
+
+    def build(run: Run, columns: Columns) -> Any:
+        if method == "generate":
+            errors = columns.outcomes.errors
+            written = [None if job in errors else text for job, text in enumerate(columns.outcomes.value)]
+            shares = np.full((len(written), len(answers)), np.nan)
+        else:
+            shares = stacked(columns, len(answers))
+            best = [None if np.isnan(row).any() else int(row.argmax()) for row in shares]
+            written = [None if i is None else answers[i] for i in best]
+        out = {name: columns.categories(written, answers)}
+        if probs:
+            out |= {f"p_{label}": columns.numbers(shares[:, i]) for i, label in enumerate(answers)}
+        beside = {"confidence": columns.numbers(_largest(shares)), "error": columns.error()}
+        return finish(table, run, columns, out, beside, names=names, keep=keep)
+
+    plan = make_plan(table, asked, work, loaded, nulls=nulls, cache=cache)
+    return Run(plan, build, params={**params, **options, "method": method or "logits"}, on_error=on_error)
+
+
+def _plan_multi(
+    table: Table,
+    asked: Any,
+    texts: Mapping[str, str],
+    options: Mapping[str, Any],
+    loaded: FrameModel,
+    params: Mapping[str, Any],
+    threshold: float,
+    probs: bool,  # noqa: FBT001 - one call
+    names: Mapping[str, str],
+    keep: bool,  # noqa: FBT001
+    cache: CacheMode,
+    nulls: Nulls,
+    on_error: OnError,
+) -> Run:
+    import pyarrow as pa
+
+    name, labels = params["name"], list(texts)
+    work = ScoreWork("classify", completion_work("classify", options, seed=0), (*YES, *NO))
+    questions = [
+        f"\n\nDoes the label “{label}”{f' ({text})' if text else ''} apply to it? Answer Yes or No."
+        for label, text in texts.items()
+    ]
+
+    def expand(content: Any) -> list[tuple[Any, int]]:
+        # The row first and the label last: a row's questions share everything but their end.
+        return [(_with_ending(content, question), 0) for question in questions]
+
+    def build(run: Run, columns: Columns) -> Any:
+        yes = columns.numbers(share_of_yes(columns)).to_numpy(zero_copy_only=False)
+        table_of = yes.reshape(-1, len(labels))
+        whole = ~np.isnan(table_of).any(axis=1)
+        chosen = [
+            [label for label, p in zip(labels, row, strict=True) if p >= threshold] if ok else None
+            for row, ok in zip(table_of, whole, strict=True)
+        ]
+        out = {name: pa.array(chosen, pa.list_(pa.string()))}
+        if probs:
+            out |= {f"p_{label}": _float32(table_of[:, i]) for i, label in enumerate(labels)}
+        certain = np.where(whole, np.maximum(table_of, 1 - table_of).min(axis=1), np.nan)
+        errors = columns.error().to_pylist()
+        first = [
+            next((e for e in errors[i : i + len(labels)] if e is not None), None)
+            for i in range(0, len(errors), len(labels))
+        ]
+        beside = {"confidence": _float32(certain), "error": pa.array(first, pa.large_string())}
+        whole_rows = columns.by_row(len(labels))
+        return finish(table, run, whole_rows, out, beside, names=names, keep=keep)
+
+    plan = make_plan(table, asked, work, loaded, expand=expand, per_row=len(labels), nulls=nulls, cache=cache)
+    return Run(plan, build, params={**params, **options, "threshold": threshold}, on_error=on_error)
+
+
+def _classify_prompt(labels: Mapping[str, str], *, multi: bool) -> str:
+    if multi:
+        return "Text: {text}"
+    return (
+        "Classify the text. Answer with one of these labels and nothing else:\n"
+        f"{_lines(labels)}\n\nText: {{text}}"
+    )
+
+
+def _with_ending(content: Any, ending: str) -> Any:
+    """Put a question behind what a row says."""
+    if isinstance(content, str):
+        return content + ending
+    last = content[-1]
+    if last.get("role") != "user" or not isinstance(last.get("content"), str):
+        raise RequestError("the conversation of this row does not end with a user's text.")
+    return (*content[:-1], {**last, "content": last["content"] + ending})
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse a number that is no probability.
+
+    Raises
+    ------
+    RequestError
+        It is not between 0 and 1.
+    """
+    if not 0 <= value <= 1:
+        raise RequestError(f"{name}={value!r}: it is a probability, 0 to 1.")
+
+
+def stacked(columns: Columns, width: int) -> NDArray[np.float64]:
+    """Return the jobs' shares, shape (jobs, width); NaN for jobs without any."""
+    out = np.full((len(columns.outcomes), width), np.nan)
+    for job, shares in columns.outcomes.parsed.items():
+        out[job] = shares
+    return out
+
+
+def share_of_yes(columns: Columns) -> NDArray[np.float64]:
+    """Return the probability of yes against no, shape (jobs,); NaN for jobs without one."""
+    shares = stacked(columns, len(YES) + len(NO))
+    out: NDArray[np.float64] = shares[:, : len(YES)].sum(axis=1)
+    return out
+
+
+def _largest(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    out = np.full(len(shares), np.nan)
+    whole = ~np.isnan(shares).any(axis=1)
+    out[whole] = shares[whole].max(axis=1)
+    return out
+
+
+def _float32(values: NDArray[np.float64]) -> Any:
+    import pyarrow as pa
+
+    narrow = values.astype(np.float32)
+    return pa.array(narrow, mask=np.isnan(narrow))
+
+
+def filter(  # noqa: A001 - the operator's common name; the built-in is not used here
+    data: Any,
+    prompt: Any = None,
+    *,
+    on: Any = None,
+    threshold: float = 0.5,
+    keep_null: bool = False,
+    mask: bool = False,
+    name: str = "p",
+    model: Any = None,
+    cache: CacheMode = True,
+    on_error: OnError = "null",
+    nulls: Nulls = "skip",
+    too_long: str = "error",
+    progress: bool | Sink | None = None,
+    **options: Any,
+) -> Any:
+    """Keep the rows for which the model answers a question with yes.
+
+    Parameters
+    ----------
+    prompt
+        The question about the row, ``"Is this about delivery? {text}"``: a template, a function of the row or
+        :func:`nbinfer.jinja`.
+    threshold
+        The least probability of yes, among yes and no.
+    keep_null
+        Keep rows without an answer (a missing value, or an error) as well. They are never taken for a yes
+        or a no.
+    mask
+        Return the decisions instead: one boolean per row, null without an answer.
+    name
+        The column of the probability, float32, that a frame gets.
+    data, on, model, cache, on_error, nulls, progress, **options
+        As for :func:`complete`; options are ``system``, ``raw``, ``think``.
+
+    Returns
+    -------
+    DataFrame, Series or list
+        The rows that stay, in the family that came in; with ``mask`` a boolean Series (pandas for a list).
+
+    Raises
+    ------
+    RequestError
+        The call itself is wrong.
+    """
+    table = read(data)
+    check_too_long(too_long)
+    check_share("threshold", threshold)
+    names = table.free_names([name], ("error",), prefix=name, keep=True)
+    asked = make_prompt(prompt, on, table.names, only=table.only, call="filter")
+    loaded = resolve(model, Mode.COMPLETION)
+    work = ScoreWork("filter", completion_work("filter", options, seed=0), (*YES, *NO))
+    plan = make_plan(
+        table,
+        asked,
+        work,
+        loaded,
+        expand=lambda content: once(_with_ending(content, "\n\nAnswer Yes or No.")),
+        nulls=nulls,
+        cache=cache,
+    )
+
+    def build(run: Run, columns: Columns) -> Any:
+        beside = {"error": columns.error()}
+        values = {name: columns.numbers(share_of_yes(columns))}
+        return finish(table, run, columns, values, beside, names=names, keep=True)
+
+    run = Run(plan, build, params={**options, "threshold": threshold}, on_error=on_error)
+    remember(run).run(make_sink(progress))
+    columns = run.columns()
+    yes = columns.numbers(share_of_yes(columns))
+    shares = yes.to_numpy(zero_copy_only=False)
+    missing = np.isnan(shares)
+    with np.errstate(invalid="ignore"):
+        stays = shares >= threshold
+    if mask:
+        return table.series(stays, missing, name=name)
+    rows = np.flatnonzero(stays | (missing & keep_null))
+    if table.only:
+        return table.take(rows)
+    return table.with_columns({name: yes.take(rows)}, rows=rows, info={**run.info, "columns": [name]})

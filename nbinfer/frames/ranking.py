@@ -1,0 +1,164 @@
+"""``rerank``: how well each document answers a query, by a reranking model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nbinfer.contract.errors import RequestError
+from nbinfer.contract.modes import Mode
+from nbinfer.frames.operators import check_too_long, resolve
+from nbinfer.frames.progress import make_sink
+from nbinfer.frames.prompts import make_prompt
+from nbinfer.frames.run import Run, make_plan, remember
+from nbinfer.frames.tables import read
+from nbinfer.frames.work import RerankWork
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nbinfer.frames.outcomes import Columns
+    from nbinfer.frames.progress import Sink
+    from nbinfer.frames.prompts import Prompt
+    from nbinfer.frames.run import CacheMode, Nulls, OnError
+    from nbinfer.frames.tables import Table
+
+SIDE = ("rank", "error", "n_tokens")
+
+
+class _Pair:
+    """A document beside its own query, or the one query of all."""
+
+    takes_null = False
+
+    def __init__(self, document: Prompt, query: str | None, column: str | None) -> None:
+        self._document = document
+        self._query = query
+        self.columns = document.columns if column is None else (*document.columns, column)
+        self.source = document.source
+
+    def render(self, values: Sequence[Any]) -> Any:
+        """Return (query, document)."""
+        own = values[: len(self._document.columns)]
+        document = self._document.render(own)
+        query = values[-1] if self._query is None else self._query
+        if not isinstance(document, str) or not isinstance(query, str):
+            raise RequestError("a query or document of this row is not text.")
+        return (query, document)
+
+
+def rerank(
+    query: Any,
+    docs: Any,
+    *,
+    on: Any = None,
+    k: int | None = None,
+    sort: bool = True,
+    name: str = "score",
+    model: Any = None,
+    cache: CacheMode = True,
+    on_error: OnError = "null",
+    nulls: Nulls = "skip",
+    too_long: str = "error",
+    keep: bool = True,
+    progress: bool | Sink | None = None,
+) -> Any:
+    """Score documents against a query, best first.
+
+    Parameters
+    ----------
+    query
+        A text; or, for a frame, the name of the column that holds each row's own query.
+    docs
+        The documents: a list, Series or frame.
+    on
+        The frame's column of documents.
+    k
+        Keep the k best (of each query); None: all.
+    sort
+        Best first; False keeps the order. With queries of their own, rows are sorted within their query,
+        queries in the order of their first row.
+    name
+        The scores' column.
+    model, cache, on_error, nulls, keep, progress
+        As for :func:`nbinfer.complete`; the model is loaded with ``mode="reranking"``.
+
+    Returns
+    -------
+    DataFrame
+        ``score`` float32, on the model's own scale (higher is better, not a probability), ``rank`` Int32 from
+        1 within the query, ``error``, ``n_tokens``. Rows without a score come last and have no rank. Without
+        a frame and without an index to tell rows apart (polars, pyarrow), ``row`` is the position.
+
+    Raises
+    ------
+    RequestError
+        The call itself is wrong.
+    """
+    table = read(docs)
+    check_too_long(too_long)
+    if not isinstance(query, str):
+        raise RequestError(
+            f"query is {type(query).__name__}: it is a text, or the name of a column of queries."
+        )
+    if k is not None and (isinstance(k, bool) or k < 1):
+        raise RequestError(f"k={k!r}: it is the number of documents to keep, at least 1.")
+    beside = (*(("row",) if table.only and table.family != "pandas" else ()), *SIDE)
+    names = table.free_names([name], beside, prefix=name, keep=keep)
+    documents = make_prompt(None, on, table.names, only=table.only, call="rerank")
+    column = query if not table.only and query in table.names else None
+    pair = _Pair(documents, None if column is not None else query, column)
+    loaded = resolve(model, Mode.RERANKING)
+    plan = make_plan(table, pair, RerankWork(), loaded, nulls=nulls, cache=cache)
+
+    def build(run: Run, columns: Columns) -> Any:
+        return _ranked(table, run, columns, column, names, name=name, k=k, sort=sort, keep=keep)
+
+    run = Run(plan, build, params={"query": query, "k": k, "name": name}, on_error=on_error)
+    return remember(run).run(make_sink(progress))
+
+
+def _ranked(
+    table: Table,
+    run: Run,
+    columns: Columns,
+    column: str | None,
+    names: dict[str, str],
+    *,
+    name: str,
+    k: int | None,
+    sort: bool,
+    keep: bool,
+) -> Any:
+    import pyarrow as pa
+
+    places = np.arange(table.rows) if columns.rows is None else columns.rows
+    errors = columns.outcomes.errors
+    per_job = [np.nan if v is None or j in errors else v for j, v in enumerate(columns.outcomes.value)]
+    scores = columns.numbers(np.array(per_job, np.float64))
+    values = scores.to_numpy(zero_copy_only=False)
+    group = np.zeros(len(places), np.int64)
+    if column is not None:
+        first: dict[Any, int] = {}
+        queries = table.values([column], 0, table.rows)[0]
+        group = np.array([first.setdefault(queries[p], len(first)) for p in places.tolist()], np.int64)
+    # Best first within each query; of equal scores the row that comes first; rows without a score last.
+    order = np.lexsort((np.arange(len(places)), np.where(np.isnan(values), np.inf, -values), group))
+    rank = np.zeros(len(places), np.int32)
+    starts = np.flatnonzero(np.r_[True, np.diff(group[order]) != 0]) if len(order) else order
+    within = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
+    rank[order] = within + 1
+    chosen = order if sort else np.arange(len(places))
+    if k is not None:
+        chosen = chosen[(rank[chosen] <= k) & ~np.isnan(values[chosen])]
+    beside = {
+        "row": pa.array(places),
+        "rank": pa.array(rank, mask=np.isnan(values)),
+        "error": columns.error(),
+        "n_tokens": columns.prompt_tokens(),
+    }
+    out = {name: scores, **{names[word]: array for word, array in beside.items() if word in names}}
+    taken = {word: array.take(pa.array(chosen)) for word, array in out.items()}
+    info = {**run.info, "columns": list(out)}
+    return table.with_columns(taken, keep=keep, rows=places[chosen], info=info)

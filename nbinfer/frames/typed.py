@@ -1,0 +1,167 @@
+"""``extract``: text in, typed columns out."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from nbinfer.contract.errors import RequestError
+from nbinfer.contract.modes import Mode
+from nbinfer.contract.schemas import Schema
+from nbinfer.frames.operators import check_too_long, completion_work, finish, resolve, side_columns
+from nbinfer.frames.progress import make_sink
+from nbinfer.frames.prompts import make_prompt
+from nbinfer.frames.run import Run, make_plan, remember
+from nbinfer.frames.shapes import Shape
+from nbinfer.frames.tables import read
+
+if TYPE_CHECKING:
+    from nbinfer.frames.outcomes import Columns
+    from nbinfer.frames.progress import Sink
+    from nbinfer.frames.run import CacheMode, Nulls, OnError
+    from nbinfer.frames.shapes import Field
+
+SIDE = (
+    "raw",
+    "error",
+    "finish_reason",
+    "prompt_tokens",
+    "cached_tokens",
+    "completion_tokens",
+    "seconds",
+    "source",
+)
+
+
+def extract(
+    data: Any,
+    schema: Any,
+    prompt: Any = None,
+    *,
+    on: Any = None,
+    name: str = "extract",
+    model: Any = None,
+    cache: CacheMode = True,
+    on_error: OnError = "null",
+    nulls: Nulls = "skip",
+    too_long: str = "error",
+    keep: bool = True,
+    progress: bool | Sink | None = None,
+    max_tokens: int | None = 512,
+    temperature: float = 0.0,
+    seed: int | None = 0,
+    **options: Any,
+) -> Any:
+    """Fill a schema from each row, one typed column per field.
+
+    Parameters
+    ----------
+    schema
+        A pydantic model, dataclass, TypedDict, Enum, ``Literal``, or a JSON Schema as a dict. What is no
+        object gives one column, ``value``.
+    prompt
+        As for :func:`complete`. Without one, and with ``on`` or a list or Series, the prompt asks for the
+        schema's fields and shows the schema.
+    name
+        What the columns beside the fields are prefixed with where their names are taken.
+    data, on, model, cache, on_error, nulls, keep, progress, max_tokens, temperature, seed, **options
+        As for :func:`complete`.
+
+    Returns
+    -------
+    DataFrame
+        The fields, as text, ``Int64``, ``Float64``, ``boolean``, category (enumerations), datetime, or Arrow
+        lists and structs; ``raw`` (the text as the model wrote it), ``error`` and the other columns of
+        :func:`complete`. An answer that was cut short is an error, its fields null.
+
+    Raises
+    ------
+    RequestError
+        The call itself is wrong.
+    """
+    run = plan_extract(
+        data,
+        schema,
+        prompt,
+        on=on,
+        name=name,
+        model=model,
+        cache=cache,
+        on_error=on_error,
+        nulls=nulls,
+        too_long=too_long,
+        keep=keep,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        **options,
+    )
+    return remember(run).run(make_sink(progress))
+
+
+def plan_extract(
+    data: Any,
+    schema: Any,
+    prompt: Any = None,
+    *,
+    on: Any = None,
+    name: str = "extract",
+    model: Any = None,
+    cache: CacheMode = True,
+    on_error: OnError = "null",
+    nulls: Nulls = "skip",
+    too_long: str = "error",
+    keep: bool = True,
+    max_tokens: int | None = 512,
+    temperature: float = 0.0,
+    seed: int | None = 0,
+    **options: Any,
+) -> Run:
+    """Return the run that :func:`extract` waits for."""
+    table = read(data)
+    check_too_long(too_long)
+    taken = sorted({"choices", "regex", "grammar", "json"} & options.keys())
+    if taken:
+        raise RequestError(f"extract: the schema is the rule for the answers; {taken[0]} is a second one.")
+    made = Schema(schema)
+    shape = Shape(made.json_schema)
+    fields = [field.name for field in shape.fields]
+    names = table.free_names(fields, SIDE, prefix=name, keep=keep)
+    asked = make_prompt(
+        prompt, on, table.names, only=table.only, default=_default_prompt(made), call="extract"
+    )
+    loaded = resolve(model, Mode.COMPLETION)
+    params = {"max_tokens": max_tokens, "temperature": temperature, **options}
+    work = completion_work(
+        "extract",
+        {**params, "schema": made},
+        seed=seed,
+        parse=lambda text: shape.row(made.plain(made.parse(text))),
+    )
+
+    def build(run: Run, columns: Columns) -> Any:
+        values = {field.name: _column(columns, i, field) for i, field in enumerate(shape.fields)}
+        return finish(table, run, columns, values, side_columns(columns, SIDE), names=names, keep=keep)
+
+    plan = make_plan(
+        table, asked, work, loaded, seed=seed if temperature > 0 else 0, nulls=nulls, cache=cache
+    )
+    return Run(plan, build, params={**params, "schema": made.json_schema, "name": name}, on_error=on_error)
+
+
+def _default_prompt(schema: Schema) -> str:
+    """Return the template that asks for a schema's fields; the row comes last: rows share the rest."""
+    text = json.dumps(schema.json_schema, ensure_ascii=False).replace("{", "{{").replace("}", "}}")
+    return (
+        "Take the information that the JSON Schema asks for from the text, and answer with JSON that follows "
+        "the schema. Use null for what the text does not say, where the schema allows it.\n\n"
+        f"JSON Schema: {text}\n\nText: {{text}}"
+    )
+
+
+def _column(columns: Columns, position: int, field: Field) -> Any:
+    parsed = columns.outcomes.parsed
+    items = [parsed[job][position] if job in parsed else None for job in range(len(columns.outcomes))]
+    if field.categories is not None:
+        return columns.categories(items, field.categories)
+    return columns.values(field.arrow, items)
