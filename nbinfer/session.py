@@ -7,8 +7,9 @@ import dataclasses
 import difflib
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -344,6 +345,8 @@ class Model:
     """The estimate made before the load, or None."""
     loaded_at: float = field(default_factory=time.time)
     load_seconds: float = 0.0
+    unload_at: float | None = None
+    """When (``time.time()``) it is unloaded unless it is used before; None: not by itself, or it is busy."""
 
     @property
     def info(self) -> EngineInfo:
@@ -375,12 +378,14 @@ class Model:
 
     def submit(self, request: Request) -> Stream:
         """Start a request made by hand; see :class:`nbinfer.engines.stream.Stream`."""
-        return self.engine.submit(request)
+        stream = self.engine.submit(request)
+        session.note(stream, Running(self.name, request, stream, time.monotonic()))
+        return stream
 
     def stream(self, prompt: str | None = None, **options: Any) -> TextStream:
         """Start an answer and return at once; iterate the return value for its text."""
         prepared = prepare(prompt, **options)
-        return TextStream(self.engine.submit(prepared.request), prepared, self)
+        return TextStream(self.submit(prepared.request), prepared, self)
 
     def infer(self, prompt: str | None = None, **options: Any) -> Result:
         """Ask and wait for the answer. See :func:`infer`."""
@@ -402,12 +407,12 @@ class Model:
     ) -> NDArray[np.float32]:
         """Return vectors, float32 of shape (texts, dimensions); one text gives shape (1, dimensions)."""
         batch = [texts] if isinstance(texts, str) else list(texts)
-        stream = self.engine.submit(EmbeddingRequest(texts=batch, normalize=normalize, dims=dims))
+        stream = self.submit(EmbeddingRequest(texts=batch, normalize=normalize, dims=dims))
         return cast("NDArray[np.float32]", _wait(stream).vectors)
 
     def rerank(self, query: str, documents: Sequence[str]) -> NDArray[np.float32]:
         """Return a score per document, float32 of shape (documents,); higher is more relevant."""
-        stream = self.engine.submit(RerankRequest(query=query, documents=list(documents)))
+        stream = self.submit(RerankRequest(query=query, documents=list(documents)))
         return cast("NDArray[np.float32]", _wait(stream).scores)
 
     def unload(self) -> None:
@@ -440,11 +445,47 @@ class Settings:
     model: str | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Running:
+    """A request that an engine has: for whoever shows it, or stops it with ``cancel()``.
+
+    ``since`` is of ``time.monotonic()``. Holds the stream weakly: an answer that nobody waits for is gone.
+    """
+
+    model: str
+    request: Request
+    stream: InitVar[Stream]
+    since: float
+    _stream: weakref.ref[Stream] = field(init=False)
+
+    def __post_init__(self, stream: Stream) -> None:
+        object.__setattr__(self, "_stream", weakref.ref(stream))
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+        stream = self._stream()
+        return stream is None or stream.done
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was asked to stop."""
+        stream = self._stream()
+        return stream is None or stream.cancelled
+
+    def cancel(self) -> None:
+        """Ask the engine to stop; it does so at the next token."""
+        stream = self._stream()
+        if stream is not None:
+            stream.cancel()
+
+
 class Session:
     """The models this process has loaded, by name."""
 
     def __init__(self) -> None:
         self._models: dict[str, Model] = {}
+        self._running: weakref.WeakKeyDictionary[Stream, Running] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self.aliases: dict[str, str] = {}
 
@@ -466,6 +507,17 @@ class Session:
         with self._lock:
             for name in [name for name, known in self._models.items() if known is model]:
                 del self._models[name]
+
+    def note(self, stream: Stream, running: Running) -> None:
+        """Remember a request for as long as somebody holds its stream."""
+        with self._lock:
+            self._running[stream] = running
+
+    def running(self) -> list[Running]:
+        """Requests that have not ended, oldest first."""
+        with self._lock:
+            known = list(self._running.values())
+        return sorted((each for each in known if not each.done), key=lambda each: each.since)
 
     def find(self, name: str) -> Model | None:
         """Return a loaded model by name, alias or reference; None when there is none."""
@@ -698,6 +750,8 @@ def _unload_when_idle(model: Model, seconds: float) -> None:
         progress = load_now.tokens_generated + load_now.prompt_tokens
         if load_now.running or load_now.waiting or progress != done:
             idle_since, done = now, progress
+        busy = load_now.running or load_now.waiting
+        model.unload_at = None if busy else time.time() + seconds - (now - idle_since)
         if now - idle_since >= seconds and not load_now.running:
             model.unload()
             return
