@@ -53,7 +53,8 @@ _SIGNS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
             "update the backend, or use a backend that knows it.",
         ),
         (
-            r"error while loading shared libraries: (\S+?):|(?:^|\s)(\S+\.so[\w.]*): cannot open shared object",
+            r"error while loading shared libraries: (\S+?):"
+            r"|(?:^|\s)(\S+\.so[\w.]*): cannot open shared object",
             "the library {0} is missing",
             _MISSING_LIBRARY,
         ),
@@ -91,11 +92,23 @@ _SIGNS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
 )
 _PYTHON_ERROR = re.compile(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception)): (.+)$", re.MULTILINE)
 _SIGNALS = {
-    "SIGKILL": ("the operating system killed it, most likely for want of memory", "use a smaller model or context_size."),
-    "SIGSEGV": ("it crashed inside the engine (segmentation fault)", "update the backend, and report the log below."),
+    "SIGKILL": (
+        "the operating system killed it, most likely for want of memory",
+        "use a smaller model or context_size.",
+    ),
+    "SIGSEGV": (
+        "it crashed inside the engine (segmentation fault)",
+        "update the backend, and report the log below.",
+    ),
     "SIGABRT": ("the engine gave up", "the log below says why."),
-    "SIGILL": ("the engine was built for another processor", "reinstall the backend so that it is built here."),
-    "SIGBUS": ("the model's file changed or shrank while it was in use", "check the disk, and load the model again."),
+    "SIGILL": (
+        "the engine was built for another processor",
+        "reinstall the backend so that it is built here.",
+    ),
+    "SIGBUS": (
+        "the model's file changed or shrank while it was in use",
+        "check the disk, and load the model again.",
+    ),
 }
 
 

@@ -25,6 +25,9 @@ from nbinfer.contract.modes import Mode
 from nbinfer.contract.status import BackendStatus, StatusWord
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from nbinfer.backends.process import RunControl
     from nbinfer.contract.config import ModelConfig, SpeculativeConfig
     from nbinfer.engines.llamacpp import Speculative
     from nbinfer.engines.protocol import Engine
@@ -69,7 +72,9 @@ def _whole(value: str) -> int:
 
 
 def _switch(value: str) -> bool | None:
-    return {"on": True, "1": True, "true": True, "off": False, "0": False, "false": False, "auto": None}[value]
+    return {"on": True, "1": True, "true": True, "off": False, "0": False, "false": False, "auto": None}[
+        value
+    ]
 
 
 def _split(value: str) -> list[float]:
@@ -200,6 +205,9 @@ class LlamaCppBackend:
         from nbinfer.engines.llamacpp import open_engine
 
         options = {**_options(config), **options}
+        # A path that came as JSON, to a process of its own.
+        if isinstance(options.get("projector"), str):
+            options["projector"] = Path(options["projector"])
         known = [
             key
             for key, kind in inspect.signature(open_engine).parameters.items()

@@ -105,9 +105,9 @@ class Backend(Protocol):
     ) -> None:
         """Serve the OpenAI API for exactly one model at ``socket``; return when its processes have ended.
 
-        It returns only when cancelled, by ``control.cancel()``; else it raises the error that ended the server.
-        It does not restart by itself, leaves no child process, and answers requests for another model with
-        HTTP 421. ``control`` also brings the engine's options and takes the end of the server's output.
+        It returns only when cancelled, by ``control.cancel()``; else it raises the error that ended the
+        server. It does not restart by itself, leaves no child process, and answers requests for another model
+        with HTTP 421. ``control`` also brings the engine's options and takes the end of the server's output.
         """
         ...
 

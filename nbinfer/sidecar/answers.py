@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import time
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,8 @@ if TYPE_CHECKING:
 
     from nbinfer.contract.results import TokenLogprob
 
-_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
-CALL_OPEN = "<tool_call>"
+# How families of models begin a tool call; see nbinfer.engines.toolcalls.
+_MARKS = ("<tool_call>", "<function=", "[TOOL_CALLS]", "<|python_tag|>")
 
 
 def new_id(prefix: str) -> str:
@@ -47,9 +46,9 @@ def usage_body(results: Iterable[Result]) -> dict[str, Any]:
     }
 
 
-def finish_reason(result: Result, *, calls: bool = False) -> str:
+def finish_reason(result: Result) -> str:
     """Return the reason in OpenAI's words."""
-    if calls:
+    if result.tool_calls:
         return "tool_calls"
     return "length" if result.finish_reason == "length" else "stop"
 
@@ -90,71 +89,16 @@ def text_logprobs(logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | N
     }
 
 
-def split_calls(text: str, names: Sequence[str], *, forced: bool = False) -> tuple[str, list[dict[str, Any]]]:
-    """Find the tool calls in an answer.
-
-    Parameters
-    ----------
-    text
-        The answer, with calls as ``<tool_call>{"name": …, "arguments": …}</tool_call>``, or as one bare JSON
-        object of a known tool.
-    names
-        The tools that exist.
-    forced
-        The answer can only be a call.
-
-    Returns
-    -------
-    tuple of str and list
-        The text beside the calls, and the calls in OpenAI's shape. What cannot be read stays in the text.
-    """
-    if not names:
-        return text, []
-    calls: list[dict[str, Any]] = []
-
-    def take(found: re.Match[str]) -> str:
-        call = _call(found.group(1), names)
-        if call is None:
-            return found.group(0)
-        calls.append(call)
-        return ""
-
-    rest = _CALL.sub(take, text)
-    if not calls and (forced or text.lstrip().startswith("{")):
-        call = _call(text.strip(), names)
-        if call is not None:
-            return "", [call]
-    return (rest.strip() if calls else text), calls
-
-
-def _call(text: str, names: Sequence[str]) -> dict[str, Any] | None:
-    try:
-        given = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(given, dict) or given.get("name") not in names:
-        return None
-    arguments = given.get("arguments", given.get("parameters", {}))
-    return {
-        "id": new_id("call"),
-        "type": "function",
-        "function": {
-            "name": given["name"],
-            "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments),
-        },
-    }
-
-
-def chat_message(result: Result, names: Sequence[str], *, forced: bool) -> tuple[dict[str, Any], bool]:
-    """Return the assistant's message, and whether it calls tools."""
-    content, calls = split_calls(result.text, names, forced=forced)
-    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+def chat_message(result: Result) -> dict[str, Any]:
+    """Return the assistant's message."""
+    message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
     if result.reasoning:
         message["reasoning_content"] = result.reasoning
-    if calls:
-        message["content"] = content or None
-        message["tool_calls"] = calls
-    return message, bool(calls)
+    if result.tool_calls:
+        message["content"] = result.text or None
+        # The engine numbers the calls of one answer; a conversation needs names that are its own.
+        message["tool_calls"] = [{**call, "id": new_id("call")} for call in result.tool_calls]
+    return message
 
 
 def envelope(kind: str, prefix: str, model: str) -> dict[str, Any]:
@@ -163,20 +107,20 @@ def envelope(kind: str, prefix: str, model: str) -> dict[str, Any]:
 
 
 class CallSplitter:
-    """Passes text on as it comes, and holds back what may be a tool call.
+    """Passes text on as it comes, and holds back what may be a tool call, however the model writes those.
 
     Parameters
     ----------
-    names
-        The tools; without any, nothing is held back.
+    tools
+        Whether there are tools; without any, nothing is held back.
     forced
         The whole answer is a call.
     """
 
-    def __init__(self, names: Sequence[str], *, forced: bool) -> None:
-        self._holds = bool(names)
+    def __init__(self, *, tools: bool, forced: bool) -> None:
+        self._holds = tools
+        self._all = tools and forced
         self._held = ""
-        self._all = bool(names) and forced
         self.sent = ""
 
     def push(self, text: str) -> str:
@@ -184,15 +128,20 @@ class CallSplitter:
         if not self._holds:
             return text
         self._held += text
-        if self._all or (not self.sent and self._held.lstrip()[:1] in ("", "{")):
+        # An answer that is JSON from its first character may be a call without a mark.
+        if self._all or (not self.sent and self._held.lstrip()[:1] in ("", "{", "[")):
             return ""
-        at = self._held.find("<")
-        while at >= 0 and not _may_begin(self._held[at:], CALL_OPEN):
-            at = self._held.find("<", at + 1)
-        out, self._held = (self._held, "") if at < 0 else (self._held[:at], self._held[at:])
+        at = next((i for i in range(len(self._held)) if _may_begin(self._held[i:])), len(self._held))
+        out, self._held = self._held[:at], self._held[at:]
         self.sent += out
         return out
 
+    def rest(self, result: Result) -> str:
+        """Return what was held back and is no call after all."""
+        if not self._holds or not result.text.startswith(self.sent):
+            return ""
+        return result.text[len(self.sent) :]
 
-def _may_begin(text: str, mark: str) -> bool:
-    return text.startswith(mark) or mark.startswith(text)
+
+def _may_begin(text: str) -> bool:
+    return any(text.startswith(mark) or mark.startswith(text) for mark in _MARKS)

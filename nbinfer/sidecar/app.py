@@ -1,5 +1,7 @@
 """The OpenAI API over one engine."""
 
+# ruff: noqa: TC001 - FastAPI reads the annotations of routes when they are added
+
 from __future__ import annotations
 
 import asyncio
@@ -13,9 +15,9 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from nbinfer.contract.errors import EngineClosed, ModelNotFound, NbinferError, NotSupported, SchemaError
-from nbinfer.contract.modes import Mode
 from nbinfer.contract.results import Delta, Finished, PromptProgress, Result, Usage
 from nbinfer.engines.remote.wire import (
     details_to_json,
@@ -36,6 +38,7 @@ from nbinfer.sidecar.answers import (
     usage_body,
 )
 from nbinfer.sidecar.bodies import (
+    AnswersBody,
     ChatBody,
     DetokenizeBody,
     EmbeddingBody,
@@ -48,14 +51,17 @@ from nbinfer.sidecar.bodies import (
 from nbinfer.sidecar.metrics import Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+    from typing import TypeVar
 
     from starlette.types import Receive, Scope, Send
 
     from nbinfer.contract.requests import CompletionRequest
-    from nbinfer.contract.results import EmbeddingResult, Event, RerankResult
+    from nbinfer.contract.results import EmbeddingResult, Event, RerankResult, ScoreResult
     from nbinfer.engines.protocol import Engine
     from nbinfer.engines.stream import Stream
+
+    T = TypeVar("T")
 
 
 @dataclass
@@ -188,7 +194,7 @@ def error_response(error: NbinferError) -> Response:
 # -- routes ---------------------------------------------------------------------------------------------
 
 
-def _add_plain_routes(api: FastAPI, served: Served, counters: Metrics) -> None:
+def _add_plain_routes(api: FastAPI, served: Served, counters: Metrics) -> None:  # noqa: C901 - a list of routes
     @api.get("/health")
     async def health() -> Response:
         if served.engine is None:
@@ -264,8 +270,7 @@ def _add_completion_routes(api: FastAPI, served: Served, counters: Metrics) -> N
     async def chat(body: ChatBody, request: Request) -> Response:
         engine = served.get(body.model)
         asked = body.request()
-        forced = body.tool_choice not in (None, "none", "auto")
-        answer = _Chat(served.names[0], body, forced=forced)
+        answer = _Chat(served.names[0], body)
         streams = await _submit(engine, _fan_out(asked, body.answers()))
         return await _respond(request, body, answer, streams, counters)
 
@@ -278,7 +283,7 @@ def _add_completion_routes(api: FastAPI, served: Served, counters: Metrics) -> N
         return await _respond(request, body, answer, streams, counters)
 
 
-def _add_pooled_routes(api: FastAPI, served: Served, counters: Metrics) -> None:
+def _add_pooled_routes(api: FastAPI, served: Served, counters: Metrics) -> None:  # noqa: C901 - a list of routes
     @api.post("/v1/embeddings")
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
         streams = await _submit(served.get(body.model), [body.request()])
@@ -331,6 +336,24 @@ def _add_pooled_routes(api: FastAPI, served: Served, counters: Metrics) -> None:
             {"object": "list", "data": data, "model": served.names[0], **_pooled_usage(result)}
         )
 
+    @api.post("/answers/score")
+    async def score_answers(body: AnswersBody, request: Request) -> Response:
+        streams = await _submit(served.get(body.model), [body.request()])
+        results = await _wait(request, streams, counters)
+        if results is None:
+            return Response(status_code=499)
+        result: ScoreResult = results[0]
+        usage = {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens}
+        return SafeJSONResponse(
+            {
+                "object": "list",
+                "model": served.names[0],
+                "logprobs": [float(number) for number in result.logprobs],
+                "usage": usage | {"prompt_tokens_details": {"cached_tokens": result.cached_tokens}},
+                "nbinfer": {"seconds": result.seconds},
+            }
+        )
+
     @api.post("/v1/images/generations")
     async def images() -> Response:
         raise NotSupported(f"{served.names[0]} does not generate images.")
@@ -355,9 +378,7 @@ def _fan_out(request: CompletionRequest, n: int) -> list[CompletionRequest]:
     return [
         dataclasses.replace(
             request,
-            sampling=dataclasses.replace(
-                request.sampling, seed=None if seed is None else (seed + i) % 2**32
-            ),
+            sampling=dataclasses.replace(request.sampling, seed=None if seed is None else (seed + i) % 2**32),
         )
         for i in range(n)
     ]
@@ -379,7 +400,7 @@ async def _submit(engine: Engine, requests: Sequence[Any]) -> list[Stream]:
     return streams
 
 
-async def _merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Event | Exception]]:
+async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Event | Exception], None]:
     """Yield the events of several streams as they come; leaving early cancels all of them."""
     queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
 
@@ -404,6 +425,29 @@ async def _merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Event |
             task.cancel()
 
 
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """Return the outcome of ``work``; cancel it when the client goes away.
+
+    Raises
+    ------
+    ClientDisconnect
+        The client went away.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -424,27 +468,21 @@ async def _wait(request: Request, streams: Sequence[Stream], counters: Metrics) 
                 results[i] = event.result
         return results
 
-    work = asyncio.create_task(gather())
-    gone = asyncio.create_task(_disconnected(request))
+    path = request.url.path
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            counters.note_cancelled(request.url.path)
-            return None
-        results = work.result()
-        for result in results:
-            counters.note(request.url.path, result, time.perf_counter() - began)
-        return results
+        results = await while_connected(request, gather())
+    except ClientDisconnect:
+        counters.note_cancelled(path)
+        return None
     except Exception:
-        counters.note_failed(request.url.path)
+        counters.note_failed(path)
         raise
     finally:
-        for task in (work, gone):
-            task.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await work
         for stream in streams:
             stream.cancel()
+    for result in results:
+        counters.note(path, result, time.perf_counter() - began)
+    return results
 
 
 def _cut_short(error: SchemaError) -> Result:
@@ -453,7 +491,11 @@ def _cut_short(error: SchemaError) -> Result:
 
 
 async def _respond(
-    request: Request, body: ChatBody | TextBody, answer: _Chat | _Text, streams: list[Stream], counters: Metrics
+    request: Request,
+    body: ChatBody | TextBody,
+    answer: _Chat | _Text,
+    streams: list[Stream],
+    counters: Metrics,
 ) -> Response:
     if body.stream:
         events = _stream_body(request.url.path, body, answer, streams, counters)
@@ -481,7 +523,7 @@ def _details(results: Sequence[Result]) -> dict[str, Any]:
     return {"results": [{**details_to_json(result), "error": result.error} for result in results]}
 
 
-async def _stream_body(
+async def _stream_body(  # noqa: C901, PLR0912 - one branch per kind of event
     path: str, body: ChatBody | TextBody, answer: _Chat | _Text, streams: list[Stream], counters: Metrics
 ) -> AsyncIterator[bytes]:
     began = time.perf_counter()
@@ -504,7 +546,7 @@ async def _stream_body(
                 for chunk in answer.delta(i, event):
                     yield sse(chunk)
             else:
-                result: Any = _cut_short(event) if isinstance(event, SchemaError) else event.result  # type: ignore[union-attr]
+                result: Any = _cut_short(event) if isinstance(event, SchemaError) else event.result
                 results[i] = result
                 counters.note(path, result, time.perf_counter() - began)
                 for chunk in answer.closing(i, result):
@@ -519,39 +561,41 @@ async def _stream_body(
     finally:
         if not all(results):
             counters.note_cancelled(path)
-        await events.aclose()  # type: ignore[attr-defined]
+        await events.aclose()
 
 
 class _Chat:
     """Writes the answer of a chat completion."""
 
-    def __init__(self, model: str, body: ChatBody, *, forced: bool) -> None:
-        self._names = body.tool_names
-        self._forced = forced
+    def __init__(self, model: str, body: ChatBody) -> None:
+        self._tools = bool(body.tool_names)
+        self._forced = body.tool_choice not in (None, "none", "auto")
         self._splitters: dict[int, CallSplitter] = {}
         self._chunk = envelope("chat.completion.chunk", "chatcmpl", model)
 
     def whole(self, results: Sequence[Result]) -> dict[str, Any]:
-        choices = []
-        for i, result in enumerate(results):
-            message, calls = chat_message(result, self._names, forced=self._forced)
-            choices.append(
-                {
-                    "index": i,
-                    "message": message,
-                    "logprobs": chat_logprobs(result.logprobs),
-                    "finish_reason": finish_reason(result, calls=calls),
-                }
-            )
-        out = {**self._chunk, "object": "chat.completion", "choices": choices}
-        return out | {"usage": usage_body(results)}
+        choices = [
+            {
+                "index": i,
+                "message": chat_message(result),
+                "logprobs": chat_logprobs(result.logprobs),
+                "finish_reason": finish_reason(result),
+            }
+            for i, result in enumerate(results)
+        ]
+        return {
+            **self._chunk,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": usage_body(results),
+        }
 
     def _choice(self, i: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
         choice = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None, **more}
         return {**self._chunk, "choices": [choice]}
 
     def opening(self, i: int) -> list[dict[str, Any]]:
-        self._splitters[i] = CallSplitter(self._names, forced=self._forced)
+        self._splitters[i] = CallSplitter(tools=self._tools, forced=self._forced)
         return [self._choice(i, {"role": "assistant", "content": ""})]
 
     def progress(self, i: int, event: PromptProgress) -> dict[str, Any]:
@@ -566,19 +610,18 @@ class _Chat:
         return [self._choice(i, {"content": text})] if text else []
 
     def closing(self, i: int, result: Result) -> list[dict[str, Any]]:
-        message, calls = chat_message(result, self._names, forced=self._forced)
         out = []
-        # What was held back for fear of a tool call, and was none.
-        rest = (message["content"] or "")[len(self._splitters[i].sent) :] if self._names else ""
+        rest = self._splitters[i].rest(result)
         if rest:
             out.append(self._choice(i, {"content": rest}))
-        if calls:
-            listed = [{"index": k, **call} for k, call in enumerate(message["tool_calls"])]
+        if result.tool_calls:
+            calls = chat_message(result)["tool_calls"]
+            listed = [{"index": k, **call} for k, call in enumerate(calls)]
             out.append(self._choice(i, {"tool_calls": listed}))
         if result.logprobs is not None:
             # The engine gives them with the result.
             out.append(self._choice(i, {"content": ""}, logprobs=chat_logprobs(result.logprobs)))
-        return [*out, self._choice(i, {}, finish_reason=finish_reason(result, calls=calls))]
+        return [*out, self._choice(i, {}, finish_reason=finish_reason(result))]
 
     def last(self, usage: dict[str, Any]) -> dict[str, Any]:
         return {**self._chunk, "choices": [], "usage": usage}

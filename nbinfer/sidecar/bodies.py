@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
 from typing import Any, Literal
 
@@ -16,6 +14,7 @@ from nbinfer.contract.requests import (
     EmbeddingRequest,
     RerankRequest,
     Sampling,
+    ScoreRequest,
 )
 
 MAX_PROMPTS = 2048
@@ -61,6 +60,7 @@ class SamplingBody(Body):
     stream_options: StreamOptions | None = None
     # nbinfer's own.
     constraint: ConstraintBody | None = None
+    adapter: str | None = None
     priority: Literal["interactive", "batch"] = "interactive"
     nbinfer: bool = Field(False, description="add the rendered prompt, timings and parameters to the answer")
 
@@ -126,13 +126,11 @@ class ChatBody(SamplingBody):
         RequestError, NotSupported
             The body asks for something that is contradictory, out of range or not offered.
         """
-        messages, images = _messages(self.messages)
         switch = (self.chat_template_kwargs or {}).get("enable_thinking")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs=true.")
         return CompletionRequest(
-            messages=tuple(messages),
-            images=tuple(images),
+            messages=tuple(_messages(self.messages)),
             sampling=self.sampling(),
             max_tokens=self.max_completion_tokens if self.max_tokens is None else self.max_tokens,
             stop=self.stops(),
@@ -141,6 +139,7 @@ class ChatBody(SamplingBody):
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             think=self.think if self.think is not None else switch if isinstance(switch, bool) else None,
             reasoning_budget=self.reasoning_budget,
+            adapter=self.adapter,
             priority=self.priority,
         )
 
@@ -170,14 +169,20 @@ class ChatBody(SamplingBody):
         choice = self.tool_choice
         if choice in (None, "none", "auto"):
             return None
-        tools = {name: schema for name, schema in map(_function, self.tools or ())}
+        tools = dict(map(_function, self.tools or ()))
         if isinstance(choice, dict):
-            wanted = (choice.get("function") or {}).get("name") if isinstance(choice.get("function"), dict) else None
+            wanted = (
+                (choice.get("function") or {}).get("name")
+                if isinstance(choice.get("function"), dict)
+                else None
+            )
             if wanted not in tools:
                 raise RequestError(f"tool_choice names {wanted!r:.60}, which is not among the tools.")
             tools = {wanted: tools[wanted]}
         elif choice != "required":
-            raise RequestError(f"tool_choice={choice!r:.60} is not known: none, auto, required or a function.")
+            raise RequestError(
+                f"tool_choice={choice!r:.60} is not known: none, auto, required or a function."
+            )
         if not tools:
             raise RequestError("tool_choice=required needs at least one tool.")
         calls = [
@@ -228,6 +233,7 @@ class TextBody(SamplingBody):
                 stop=self.stops(),
                 constraint=self.own_constraint(),
                 logprobs=self.logprobs,
+                adapter=self.adapter,
                 priority=self.priority,
             )
             for prompt in self._prompts()
@@ -310,6 +316,27 @@ class ScoreBody(Body):
         return RerankRequest(query=self.text_1, documents=texts)
 
 
+class AnswersBody(Body):
+    """``POST /answers/score``: how likely each of some answers is; nbinfer's own."""
+
+    model: str = Field(min_length=1, max_length=1024)
+    answers: list[str] = Field(max_length=MAX_PROMPTS)
+    messages: list[dict[str, Any]] | None = None
+    prompt: str | list[int] | None = None
+    think: bool | None = None
+    priority: Literal["interactive", "batch"] = "interactive"
+
+    def request(self) -> ScoreRequest:
+        """Return the engine's request."""
+        return ScoreRequest(
+            answers=tuple(self.answers),
+            messages=None if self.messages is None else tuple(_messages(self.messages)),
+            prompt=tuple(self.prompt) if isinstance(self.prompt, list) else self.prompt,
+            think=self.think,
+            priority=self.priority,
+        )
+
+
 class TokenizeBody(Body):
     """``POST /tokenize``."""
 
@@ -338,7 +365,7 @@ class TemplateBody(Body):
 
     def request(self) -> CompletionRequest:
         """Return the request to render."""
-        messages = None if self.messages is None else tuple(_messages(self.messages)[0])
+        messages = None if self.messages is None else tuple(_messages(self.messages))
         prompt = tuple(self.prompt) if isinstance(self.prompt, list) else self.prompt
         return CompletionRequest(
             messages=messages, prompt=prompt, tools=tuple(self.tools or ()), think=self.think
@@ -370,35 +397,31 @@ def _function(tool: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return name, parameters if isinstance(parameters, dict) else {"type": "object"}
 
 
-def _messages(given: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """Return the messages with their text in one piece each, and the images they held, in order."""
-    messages, images = [], []
+def _messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages, with text that came in parts in one piece; parts with images stay as they are."""
+    messages = []
     for i, message in enumerate(given):
         content = message.get("content")
         if isinstance(content, list):
-            texts = []
-            for part in content:
-                text, image = _part(part, i)
-                texts.append(text)
-                if image is not None:
-                    images.append(image)
-            message = {**message, "content": "".join(texts)}  # noqa: PLW2901 - the same message, flat
+            kinds = [_check_part(part, i) for part in content]
+            if "image_url" not in kinds:
+                message = {**message, "content": "".join(part["text"] for part in content)}  # noqa: PLW2901
         messages.append(message)
-    return messages, images
+    return messages
 
 
-def _part(part: Any, i: int) -> tuple[str, bytes | None]:
+def _check_part(part: Any, i: int) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        return part["text"], None
+        return "text"
     if kind == "image_url":
-        url = part.get("image_url")
-        url = url.get("url") if isinstance(url, dict) else url
-        if not isinstance(url, str) or not url.startswith("data:"):
+        image = part.get("image_url")
+        if isinstance(image, dict) and isinstance(image.get("url"), str):
             # Fetching an address for a client would let it reach what only this machine can.
-            raise RequestError(f"messages[{i}]: an image is a data: URL with base64; addresses are not fetched.")
-        try:
-            return "", base64.b64decode(url.partition(";base64,")[2], validate=True)
-        except binascii.Error:
-            raise RequestError(f"messages[{i}]: the image's base64 is not valid.") from None
-    raise RequestError(f"messages[{i}] holds a part of type {kind!r:.60}; text and image_url are known.")
+            if image["url"].startswith("data:"):
+                return "image_url"
+            raise RequestError(f"messages[{i}]: an image is a data: URL with base64; nothing is fetched.")
+    raise RequestError(
+        f"messages[{i}] holds a part of type {kind!r:.60} that cannot be read: a part is "
+        '{"type": "text", "text": …} or {"type": "image_url", "image_url": {"url": "data:…"}}.'
+    )

@@ -7,9 +7,10 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nbinfer.contract.errors import EngineClosed, EngineError, NbinferError
+from nbinfer.contract.errors import EngineClosed, EngineError, NbinferError, NotSupported
 from nbinfer.engines.remote.wire import STOPPING, error_from_json, info_from_json
 from nbinfer.sidecar import discovery
 from nbinfer.sidecar.control import ControlError, EventStream, call
@@ -68,16 +69,13 @@ class Hold:
         on_progress: Callable[[float], None] | None,
         on_event: Callable[[dict[str, Any]], None] | None,
     ) -> dict[str, Any]:
+        event: dict[str, Any] = {}
         try:
             for event in self._stream:
                 if on_event is not None:
                     on_event(event)
-                if event.get("event") == "ready":
-                    if on_progress is not None:
-                        on_progress(1.0)
-                    return event
-                if event.get("event") == "error":
-                    raise error_from_json(event)
+                if event.get("event") in ("ready", "error"):
+                    break
                 if on_progress is not None:
                     on_progress(float(event.get("fraction", 0.0)))
         except BaseException:
@@ -85,7 +83,14 @@ class Hold:
             self._stream.close()
             self._stream.detach()
             raise
+        if event.get("event") == "ready":
+            if on_progress is not None:
+                on_progress(1.0)
+            return event
+        self._stream.close()
         self._stream.detach()
+        if event.get("event") == "error":
+            raise error_from_json(event)
         raise EngineError("the sidecar ended while it loaded the model; see `nbinfer doctor`.")
 
     def _watch(self) -> None:
@@ -144,19 +149,58 @@ def hold_request(
     backend: str,
     mode: Mode,
     config: ModelConfig,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     digest: str = "",
 ) -> dict[str, Any]:
-    """Return what a kernel sends to have a model loaded."""
+    """Return what a kernel sends to have a model loaded.
+
+    Raises
+    ------
+    NotSupported
+        An option is an object of this process.
+    """
+    config, plain = _plain_options(config, options)
     return {
         "path": str(path.absolute()),
         "name": name,
         "backend": backend,
         "mode": str(mode),
         "config": config.to_json(),
-        "options": options,
+        "options": plain,
         "digest": digest,
     }
+
+
+def _plain_options(config: ModelConfig, options: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
+    """Return the options as JSON; those that have a place in the configuration go there."""
+    plain: dict[str, Any] = {}
+    for name, value in options.items():
+        if name == "context_size":
+            config = config.with_fields(context_size=value)
+        elif name == "speculative":
+            fields = {
+                "draft_model": None if value.draft_path is None else str(value.draft_path),
+                "num_tokens": value.num_tokens,
+                "min_acceptance_rate": value.min_acceptance_rate,
+            }
+            config = config.with_fields(speculative={k: v for k, v in fields.items() if v is not None})
+        else:
+            plain[name] = _plain(name, value)
+    return config, plain
+
+
+def _plain(name: str, value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.path.abspath(value)  # noqa: PTH100 - a str for JSON
+    if isinstance(value, Mapping):
+        return {str(key): _plain(name, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(name, item) for item in value]
+    raise NotSupported(
+        f"{name}={value!r:.60} cannot be sent to the sidecar: give a number, text, list or dict."
+    )
 
 
 def open_engine(
@@ -166,7 +210,7 @@ def open_engine(
     backend: str,
     mode: Mode,
     config: ModelConfig,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     digest: str = "",
     on_progress: Callable[[float], None] | None = None,
 ) -> RemoteEngine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -101,14 +102,14 @@ class EventStream:
             # Kept here: http.client lets go of the socket once the answer has begun.
             self._socket = self._connection.sock
             self._response = self._connection.getresponse()
-            if self._response.status >= 400:  # noqa: PLR2004 - HTTP's errors
-                raise error_from_json(json.loads(self._response.read()), self._response.status)
+            refused = self._response.status >= 400  # noqa: PLR2004 - HTTP's errors
+            answer = json.loads(self._response.read()) if refused else None
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._connection.close()
             raise ControlError(f"no answer at {path}: {error!r}") from error
-        except BaseException:
+        if refused:
             self._connection.close()
-            raise
+            raise error_from_json(answer, self._response.status)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield events until the server, or :meth:`close`, ends the stream."""
@@ -121,11 +122,9 @@ class EventStream:
 
     def close(self) -> None:
         """End the stream; whoever iterates it sees its end."""
-        try:
-            # Wakes the thread that reads, which closing alone does not.
+        # Wakes the thread that reads, which closing alone does not.
+        with contextlib.suppress(OSError, AttributeError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        except (OSError, AttributeError):
-            pass
 
     def abandon(self) -> None:
         """Close this process' copy of the connection, in a child that was forked."""

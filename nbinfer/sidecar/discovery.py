@@ -188,7 +188,7 @@ def _start() -> Service:
     if stale is not None:
         service_file().unlink(missing_ok=True)
     log = runtime_folder() / "sidecar.log"
-    with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as output:
+    with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as output:
         # A session of its own: neither an interrupted cell nor a kernel that dies takes it along.
         process = subprocess.Popen(  # noqa: S603 - our own program
             [sys.executable, "-P", "-m", "nbinfer.sidecar.service"],

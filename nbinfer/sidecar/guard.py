@@ -26,7 +26,9 @@ def peer_uid(connection: Any) -> int | None:
     try:
         if hasattr(socket, "SO_PEERCRED"):
             size = struct.calcsize("3i")
-            return int(struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[1])
+            return int(
+                struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[1]
+            )
         # macOS and BSD: LOCAL_PEERCRED gives a struct xucred, whose uid is its second 32-bit word.
         return int(struct.unpack("2I", connection.getsockopt(0, 1, 8))[1])
     except (OSError, struct.error):

@@ -13,6 +13,7 @@ from nbinfer.sidecar.guard import peer_uid
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Iterator
 
     import uvicorn
     from starlette.types import ASGIApp
@@ -49,12 +50,12 @@ def unix_socket(path: str | Path) -> socket.socket:
     text = os.fspath(path)
     if len(os.fsencode(text)) > MAX_SOCKET_PATH:
         raise ConfigError(
-            f"the socket's path is too long ({len(os.fsencode(text))} bytes, {MAX_SOCKET_PATH} are possible): "
+            f"the socket's path has {len(os.fsencode(text))} bytes, {MAX_SOCKET_PATH} are possible: "
             "set NBINFER_RUNTIME_DIR to a shorter folder."
         )
     Path(text).unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    # The mask holds for the whole process, but the folder is private already: nobody else gets here.
+    # The mask holds for the whole process; the folder is private already, so nobody else gets here.
     before = os.umask(0o177)
     try:
         listener.bind(text)
@@ -88,7 +89,6 @@ def server(app: ASGIApp) -> uvicorn.Server:
     It leaves signals alone, writes no access log, and refuses connections of other users.
     """
     import contextlib
-    from collections.abc import Iterator
 
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol

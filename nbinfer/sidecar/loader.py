@@ -13,7 +13,7 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from nbinfer.contract.errors import DoesNotFit, EngineClosed, NbinferError
 from nbinfer.contract.keepalive import KeepAlive
@@ -109,7 +109,7 @@ class Use:
         if entry is not None:
             self._loader._release(entry, hold=self._hold)  # noqa: SLF001 - one module
 
-    def __enter__(self) -> Use:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -309,7 +309,9 @@ class Loader:
     def _overdue(self, later: Ticket) -> bool:
         first = next((t for t in self._queue if t.wanted.key not in self._entries), None)
         return (
-            first is not None and first.since < later.since and time.monotonic() - first.since > self._patience
+            first is not None
+            and first.since < later.since
+            and time.monotonic() - first.since > self._patience
         )
 
     def _grant(self, ticket: Ticket, entry: Entry) -> None:
@@ -390,15 +392,15 @@ class Loader:
         if not wanted.size.fits(self.budget):
             raise DoesNotFit(
                 f"{wanted.name} needs {_words(wanted.size)}; the sidecar may use {_words(self.budget)}.\n"
-                "Use a smaller context_size or quantisation, or start it with a larger budget: nbinfer serve --ram."
+                "Use a smaller context_size or quantisation, or start it with more: nbinfer serve --ram."
             )
         pinned = [e for e in self._entries.values() if e.keep_alive.never and e.state != "unloading"]
         total = sum((entry.wanted.size for entry in pinned), RequiredMemory())
         if not (total + wanted.size).fits(self.budget):
             names = ", ".join(entry.wanted.name for entry in pinned)
             raise DoesNotFit(
-                f"{wanted.name} needs {_words(wanted.size)}; of {_words(self.budget)}, models that stay loaded "
-                f"(keep_alive=-1) use {_words(total)}: {names}.\nUnload one of them by name."
+                f"{wanted.name} needs {_words(wanted.size)}; of {_words(self.budget)}, models that stay "
+                f"loaded (keep_alive=-1) use {_words(total)}: {names}.\nUnload one of them by name."
             )
 
     # -- loads and unloads, each on a thread of its own -------------------------------------------------

@@ -97,7 +97,7 @@ async def _serve(spec: dict[str, Any]) -> int:
 
 async def _close_engine_at_exit(serving: Any, served: Served) -> None:
     """End what runs, so that open streams get their last event while the server still sends."""
-    while not serving.should_exit:
+    while not serving.should_exit:  # noqa: ASYNC110 - uvicorn's own flag
         await asyncio.sleep(0.05)
     if served.engine is not None:
         await asyncio.to_thread(served.engine.close)

@@ -8,7 +8,6 @@ import os
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbinfer import backends
@@ -20,6 +19,7 @@ from nbinfer.sidecar.discovery import runtime_folder, socket_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from nbinfer.contract.modes import Mode
     from nbinfer.sidecar.loader import Progress, Wanted
@@ -110,7 +110,7 @@ class Runner:
         folder = runtime_folder()
         path = folder / f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(_numbers)}.log"
         with contextlib.suppress(OSError):
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(text)
             for old in sorted(folder.glob("crash-*.log"))[:-KEPT_LOGS]:
                 old.unlink()

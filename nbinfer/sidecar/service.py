@@ -30,14 +30,21 @@ from starlette.routing import Route
 from nbinfer import backends
 from nbinfer._version import __version__
 from nbinfer.contract.config import ModelConfig
-from nbinfer.contract.errors import ConfigError, EngineClosed, EngineError, ModelNotFound, NbinferError, RequestError
+from nbinfer.contract.errors import (
+    ConfigError,
+    EngineClosed,
+    EngineError,
+    ModelNotFound,
+    NbinferError,
+    RequestError,
+)
 from nbinfer.contract.flags import check_flags
 from nbinfer.contract.keepalive import KeepAlive
 from nbinfer.contract.modes import Mode, mode_for_path, mode_from_json
 from nbinfer.engines.remote.wire import STOPPING, RunnerLost, error_body, error_to_json
 from nbinfer.sidecar import discovery
 from nbinfer.sidecar.answers import sse
-from nbinfer.sidecar.app import ClosingStream, SafeJSONResponse, error_response
+from nbinfer.sidecar.app import ClosingStream, SafeJSONResponse, error_response, while_connected
 from nbinfer.sidecar.guard import Guard
 from nbinfer.sidecar.listen import server, tcp_socket, unix_socket
 from nbinfer.sidecar.loader import Loader, Progress, Ticket, Use, Wanted
@@ -45,13 +52,9 @@ from nbinfer.sidecar.runners import Recipe, Runner, start
 from nbinfer.sidecar.sizes import default_budget, runner_size
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
-    from typing import TypeVar
+    from collections.abc import AsyncIterator, Callable
 
     from nbinfer.contract.memory import RequiredMemory
-
-    T = TypeVar("T")
-
 FIRST_SECONDS = 20.0
 """How long a sidecar that a kernel started waits for its first use before it goes."""
 CRASH_SECONDS = 1.5
@@ -63,6 +66,7 @@ _PASSED_ON = {
     "/v1/rerank",
     "/rerank",
     "/score",
+    "/answers/score",
     "/v1/images/generations",
     "/tokenize",
     "/detokenize",
@@ -96,7 +100,7 @@ class Options:
     models: tuple[str, ...] = field(default=())
 
 
-class ServiceStopping(EngineClosed):  # noqa: N818 - a state, as its base
+class ServiceStopping(EngineClosed):
     """The service is on its way out; whoever wants a model starts a new one."""
 
     code = STOPPING
@@ -233,7 +237,9 @@ class SidecarService:
         if wanted is not None:
             return wanted
         known = ", ".join(sorted({known for known, _ in self._names if "@" not in known}))
-        raise ModelNotFound(f"there is no model {name!r:.80} here. Models: {known or 'none; load one first'}.")
+        raise ModelNotFound(
+            f"there is no model {name!r:.80} here. Models: {known or 'none; load one first'}."
+        )
 
     def _demo(self, name: str, mode: Mode | None) -> Wanted | None:
         """Return a demo model, which anyone may ask for by name; a path is never taken from a request."""
@@ -302,7 +308,7 @@ class SidecarService:
         return SafeJSONResponse({"would_unload": going, "needs": wanted.size.to_json()})
 
     async def _unload(self, request: Request) -> Response:
-        """Unload by name. ``hold`` is let go first; ``unheld`` then leaves the model to whoever else holds it."""
+        """Unload by name. ``hold`` is let go first; ``unheld`` leaves the model to whoever else holds it."""
         given = await _json(request)
         name, unheld = str(given.get("model")), bool(given.get("unheld"))
         own = self._uses.pop(str(given.get("hold")), None)
@@ -427,14 +433,14 @@ class SidecarService:
             self._requests -= 1
 
     async def _passed(self, request: Request, wanted: Wanted, body: bytes) -> Response:
-        use = await _while_connected(request, self._acquire(wanted))
+        use = await while_connected(request, self._acquire(wanted))
         runner: Runner = use.loaded
         try:
             client = self._client(runner)
             asked = client.build_request(
                 "POST", request.url.path, content=body, headers={"content-type": "application/json"}
             )
-            answer = await _while_connected(request, client.send(asked, stream=True))
+            answer = await while_connected(request, client.send(asked, stream=True))
         except httpx.TransportError as error:
             use.release()
             lost = await self._why(runner, error)
@@ -495,7 +501,7 @@ class SidecarService:
                     uds=runner.socket, limits=httpx.Limits(max_connections=None, max_keepalive_connections=8)
                 ),
                 base_url="http://localhost",
-                timeout=None,
+                timeout=None,  # noqa: S113 - a long answer takes minutes; the client's leaving ends it
             )
         return client
 
@@ -545,7 +551,7 @@ def _merged_metrics(pages: list[tuple[Runner, str]]) -> bytes:
             return list(found.values())
 
     registry = CollectorRegistry()
-    registry.register(Found())  # type: ignore[arg-type]
+    registry.register(Found())
     return bytes(generate_latest(registry))
 
 
@@ -557,34 +563,6 @@ async def _json(request: Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise RequestError(f"the body is {type(body).__name__}, not a JSON object.")
     return body
-
-
-async def _while_connected(request: Request, work: Awaitable[T]) -> T:
-    """Return the outcome of ``work``; cancel it when the client goes away.
-
-    Raises
-    ------
-    ClientDisconnect
-        The client went away.
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        gone.cancel()
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -622,7 +600,11 @@ async def run(options: Options, on_ready: Callable[[discovery.Service], None] | 
     discovery.remove_stale_sockets()
     service = SidecarService(options)
     servers = [(server(Guard(service.app())), unix_socket(path))]
-    described = {"socket": path, "pid": os.getpid(), "created": psutil.Process().create_time()}
+    described: dict[str, Any] = {
+        "socket": path,
+        "pid": os.getpid(),
+        "created": psutil.Process().create_time(),
+    }
     if options.port is not None:
         listener = tcp_socket(port=options.port)
         token = options.token or secrets.token_urlsafe(32)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbinfer.contract.memory import RequiredMemory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 RUNNER_BYTES = 192 * 2**20
 """RAM of a runner's process before it loads anything: the interpreter, the server, the engine's library."""
 RAM_SHARE = 0.9
-"""Share of the memory that is free when the sidecar starts that its models may take; the rest is for others."""
+"""Share of the memory free at the sidecar's start that its models may take; the rest is for others."""
 VRAM_SHARE = 0.95
 
 

@@ -79,7 +79,7 @@ def status_of(name: str) -> tuple[BackendStatus, str]:
 
 def test_the_built_in_backends_are_there_once_though_one_has_an_entry_point_too() -> None:
     names = [name for name, _, _ in backends.statuses()]
-    assert sorted(names) == ["llamacpp", "vllm"]
+    assert sorted(names) == ["llamacpp", "openai", "vllm"]
     assert type(backends.get("llamacpp")).__name__ == "LlamaCppBackend"
 
 
@@ -98,7 +98,7 @@ def test_another_distribution_adds_a_backend(distribution: Callable[..., None], 
     assert status_of("onnx") == (BackendStatus(StatusWord.RUNNING, "ort 1"), "")
     assert backends.for_format("onnx").name == "onnx"
     assert backends.for_format("onnx", "onnx").disk_usage() == 7
-    assert set(backends.backends()) == {"llamacpp", "vllm", "onnx"}
+    assert set(backends.backends()) == {"llamacpp", "vllm", "openai", "onnx"}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_usable_backends_come_first_then_errors_then_names(distribution: Callabl
     distribution("zzz", GOOD.format(name="zzz", status="return 'Running'"))
     distribution("bbb", GOOD.format(name="bbb", status="return 'Error: x'"))
     distribution("aaa", GOOD.format(name="aaa", status="return 'Installing'"))
-    order = [name for name, _, _ in backends.statuses() if name not in ("llamacpp", "vllm")]
+    order = [name for name, _, _ in backends.statuses() if name not in ("llamacpp", "vllm", "openai")]
     assert order == ["zzz", "bbb", "aaa"]
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from nbinfer.contract.errors import DoesNotFit, EngineClosed, ModelLoadError
 from nbinfer.contract.keepalive import KeepAlive
 from nbinfer.contract.memory import RequiredMemory
 from nbinfer.sidecar.loader import Loader, Progress, Wanted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 
 class Model:
@@ -125,7 +128,9 @@ def test_a_model_that_stays_for_ever_does_not_go_to_make_room(loader: Loader, wo
     loader.acquire(want("big", ram=15)).release()
 
 
-def test_what_is_larger_than_the_budget_is_refused_at_once_and_nothing_goes(loader: Loader, world: World) -> None:
+def test_what_is_larger_than_the_budget_is_refused_at_once_and_nothing_goes(
+    loader: Loader, world: World
+) -> None:
     loader.acquire(want("a")).release()
     with pytest.raises(DoesNotFit, match="may use"):
         loader.acquire(want("huge", ram=21))
@@ -146,7 +151,9 @@ def test_gpu_memory_is_counted_for_each_device(world: World) -> None:
 
 
 @pytest.mark.parametrize("keep_alive", ["0", "30ms"])
-def test_an_idle_model_goes_when_its_keep_alive_is_over(loader: Loader, world: World, keep_alive: str) -> None:
+def test_an_idle_model_goes_when_its_keep_alive_is_over(
+    loader: Loader, world: World, keep_alive: str
+) -> None:
     use = loader.acquire(want("a", keep_alive=keep_alive))
     until(lambda: world.loaded == ["a"])
     time.sleep(0.1)

@@ -1,7 +1,7 @@
-"""An engine that is somewhere else: the `openai` client, made to look like a model in this process.
+"""An engine somewhere else: the `openai` client, made to look like a model in this process.
 
-One thread runs an event loop for all requests of all remote engines; requests are tasks on it, and a cancelled
-request closes its connection, at which the server stops generating.
+One thread runs an event loop for all requests of all remote engines; requests are tasks on it, and a
+cancelled request closes its connection, at which the server stops generating.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbinfer.contract.errors import (
+    BackendUnavailable,
     EngineClosed,
     EngineError,
     NbinferError,
@@ -25,7 +26,8 @@ from nbinfer.contract.errors import (
     RequestError,
     SchemaError,
 )
-from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest, RerankRequest
+from nbinfer.contract.modes import Mode
+from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest, RerankRequest, ScoreRequest
 from nbinfer.contract.results import (
     Delta,
     EmbeddingResult,
@@ -33,6 +35,7 @@ from nbinfer.contract.results import (
     PromptProgress,
     RerankResult,
     Result,
+    ScoreResult,
     Timings,
     TokenLogprob,
     Usage,
@@ -53,8 +56,14 @@ if TYPE_CHECKING:
     from nbinfer.contract.requests import Request
     from nbinfer.engines.protocol import EngineInfo
 
+_MODES: dict[type, Mode] = {
+    CompletionRequest: Mode.COMPLETION,
+    ScoreRequest: Mode.COMPLETION,
+    EmbeddingRequest: Mode.EMBEDDING,
+    RerankRequest: Mode.RERANKING,
+}
 BATCH_IN_FLIGHT = 32
-"""Batch requests sent at once; further ones wait here, so that a cell's request need not queue behind them."""
+"""Batch requests sent at once; further ones wait here, and a cell's request need not queue behind them."""
 CONNECT_SECONDS = 10.0
 
 
@@ -98,9 +107,7 @@ class _Loop:
             # A forked child has the object, but not the thread.
             if self._loop is None or self._pid != os.getpid():
                 self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
-                threading.Thread(
-                    target=self._loop.run_forever, name="nbinfer-remote", daemon=True
-                ).start()
+                threading.Thread(target=self._loop.run_forever, name="nbinfer-remote", daemon=True).start()
             return self._loop
 
 
@@ -109,7 +116,9 @@ _loop = _Loop()
 
 def warm_up() -> None:
     """Import the client in the background: it takes a second, which a load can use."""
-    threading.Thread(target=lambda: importlib.import_module("openai"), name="nbinfer-import", daemon=True).start()
+    threading.Thread(
+        target=lambda: importlib.import_module("openai"), name="nbinfer-import", daemon=True
+    ).start()
 
 
 def _client(endpoint: Endpoint) -> Any:
@@ -131,6 +140,38 @@ def _client(endpoint: Endpoint) -> Any:
         timeout=http.Timeout(None, connect=CONNECT_SECONDS),
         http_client=http.AsyncClient(**options),
     )
+
+
+def list_models(endpoint: Endpoint, *, timeout: float) -> list[dict[str, Any]]:
+    """Return the models that a server lists, as it describes them.
+
+    Raises
+    ------
+    BackendUnavailable
+        It does not answer, or not in ``timeout`` seconds.
+    """
+    import openai
+
+    async def ask() -> list[dict[str, Any]]:
+        client = _client(endpoint)
+        try:
+            found = await client.models.list(timeout=timeout)
+            return [each.model_dump() for each in found.data]
+        finally:
+            await client.close()
+
+    try:
+        return asyncio.run_coroutine_threadsafe(ask(), _loop.get()).result(timeout + 5)
+    except openai.APIStatusError as error:
+        raise BackendUnavailable(
+            f"{endpoint.base_url} refuses to list its models ({error.status_code}): {error.message:.200}\n"
+            "Check api_key, or pass check=False."
+        ) from None
+    except (openai.APIError, TimeoutError) as error:
+        raise BackendUnavailable(
+            f"no server answers at {endpoint.base_url} ({error.__cause__ or error!s:.200}).\n"
+            "Start it, or check base_url."
+        ) from None
 
 
 # -- the engine -----------------------------------------------------------------------------------------
@@ -199,17 +240,19 @@ class RemoteEngine:
         return stream
 
     def _check(self, request: Request) -> None:
-        needed = {"CompletionRequest": "completion", "EmbeddingRequest": "embedding"}.get(
-            type(request).__name__, "reranking"
-        )
+        needed = _MODES[type(request)]
         if self.info.mode != needed:
-            raise NotSupported(f"{self._name} is loaded for {self.info.mode}: load it with another mode for that.")
+            raise NotSupported(
+                f"{self._name} is loaded for {self.info.mode}: load it with another mode for that."
+            )
         if isinstance(request, CompletionRequest):
             if request.n != 1:
                 raise NotSupported(
                     "one request gives one answer here: submit it n times with different seeds."
                 )
             completion_body(request, own=self._own)
+        if isinstance(request, ScoreRequest) and not self._own:
+            raise NotSupported("an external server does not score answers; use choices= instead.")
 
     def render(self, request: CompletionRequest) -> tuple[str, int]:
         """Return the exact prompt and its length in tokens; runs nothing.
@@ -221,7 +264,10 @@ class RemoteEngine:
         """
         if not self._own:
             raise NotSupported("an external server does not show the prompt that it makes.")
-        body: dict[str, Any] = {"model": self._endpoint.model, "tools": [dict(t) for t in request.tools] or None}
+        body: dict[str, Any] = {
+            "model": self._endpoint.model,
+            "tools": [dict(t) for t in request.tools] or None,
+        }
         if request.messages is not None:
             body["messages"] = [dict(message) for message in request.messages]
         else:
@@ -311,7 +357,7 @@ class RemoteEngine:
             self._tasks.pop(job.stream, None)
         # A task that was cancelled before its first step never got to say so.
         if not job.stream.done:
-            job.stream.put(Finished(self._interrupted(job)))
+            self._put_interrupted(job)
 
     def _cancel(self, stream: Stream) -> None:
         with self._lock:
@@ -329,7 +375,8 @@ class RemoteEngine:
             else:
                 result = await self._with_retry(lambda: self._serve(job), lambda: not job.began)
         except asyncio.CancelledError:
-            result = self._interrupted(job)
+            self._put_interrupted(job)
+            return
         except NbinferError as error:
             job.stream.fail(error)
             return
@@ -342,7 +389,9 @@ class RemoteEngine:
                 self._prompt_tokens += result.usage.prompt_tokens
         job.stream.put(Finished(result))
 
-    async def _with_retry(self, work: Callable[[], Coroutine[Any, Any, Any]], unseen: Callable[[], bool]) -> Any:
+    async def _with_retry(
+        self, work: Callable[[], Coroutine[Any, Any, Any]], unseen: Callable[[], bool]
+    ) -> Any:
         """Do ``work``; once more when the server was lost before anybody saw a piece of the answer."""
         try:
             return await self._translated(work())
@@ -397,6 +446,8 @@ class RemoteEngine:
             return await self._embed(job, request)
         if isinstance(request, RerankRequest):
             return await self._rerank(job, request)
+        if isinstance(request, ScoreRequest):
+            return await self._score(request)
         return await self._complete(job, request)
 
     async def _embed(self, job: _Job, request: EmbeddingRequest) -> EmbeddingResult:
@@ -453,6 +504,28 @@ class RemoteEngine:
             seconds=float(details.get("seconds", time.perf_counter() - job.submitted)),
         )
 
+    async def _score(self, request: ScoreRequest) -> ScoreResult:
+        prompt = request.prompt
+        found = await self._post(
+            "/answers/score",
+            {
+                "model": self._endpoint.model,
+                "answers": list(request.answers),
+                "messages": None if request.messages is None else [dict(each) for each in request.messages],
+                "prompt": list(prompt) if isinstance(prompt, tuple) else prompt,
+                "think": request.think,
+                "priority": request.priority,
+            },
+        )
+        usage = found["usage"]
+        return ScoreResult(
+            logprobs=np.array(found["logprobs"], np.float64),
+            prompt_tokens=usage["prompt_tokens"],
+            cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
+            model=self._name,
+            seconds=float(found["nbinfer"]["seconds"]),
+        )
+
     # -- completions ------------------------------------------------------------------------------------
 
     async def _complete(self, job: _Job, request: CompletionRequest) -> Result:
@@ -492,13 +565,7 @@ class RemoteEngine:
             delta = getattr(choice, "delta", None)
             text = choice.text if delta is None else delta.content
             if delta is not None:
-                thought = (delta.model_extra or {}).get("reasoning_content") or (
-                    delta.model_extra or {}
-                ).get("reasoning")
-                if thought:
-                    job.add(str(thought), reasoning=True)
-                for call in delta.tool_calls or ():
-                    job.add_call(call)
+                job.add_extras(delta)
             if text:
                 job.add(text)
             if choice.logprobs is not None and job.request_logprobs:
@@ -508,7 +575,6 @@ class RemoteEngine:
         common: dict[str, Any] = {
             "model": self._name,
             "messages": request.messages,
-            "tool_calls": tuple(job.calls),
         }
         if job.details is not None:
             fields = details_from_json(job.details)
@@ -518,7 +584,8 @@ class RemoteEngine:
         text = _chosen(job.text, request) if not self._own else job.text
         if request.constraint is not None and job.finish == "length":
             raise SchemaError(
-                f"the answer was cut after {job.tokens} pieces, before it was whole: raise max_tokens.", raw=text
+                f"the answer was cut after {job.tokens} pieces, before it was whole: raise max_tokens.",
+                raw=text,
             )
         usage = job.usage
         details = getattr(usage, "prompt_tokens_details", None)
@@ -535,19 +602,17 @@ class RemoteEngine:
             logprobs=tuple(job.logprobs) if request.logprobs is not None else None,
             prompt=request.prompt if isinstance(request.prompt, str) else "",
             params=_params(request),
+            tool_calls=tuple(job.calls),
             **common,
         )
 
-    def _interrupted(self, job: _Job) -> Any:
-        """Return what a cancelled request has so far."""
+    def _put_interrupted(self, job: _Job) -> None:
+        """End a cancelled request with what it has so far."""
         request = job.request
-        if isinstance(request, EmbeddingRequest):
-            return EmbeddingResult(
-                vectors=np.zeros((0, self.info.dimensions or 0), np.float32), n_tokens=(), model=self._name
-            )
-        if isinstance(request, RerankRequest):
-            return RerankResult(scores=np.zeros(0, np.float32), n_tokens=(), model=self._name)
-        return Result(
+        if not isinstance(request, CompletionRequest):
+            job.stream.fail(EngineError("the request was interrupted."))
+            return
+        result = Result(
             text=job.text,
             reasoning=job.reasoning or None,
             finish_reason="interrupted",
@@ -557,6 +622,7 @@ class RemoteEngine:
             params=_params(request),
             messages=request.messages,
         )
+        job.stream.put(Finished(result))
 
 
 class _ConnectionLostError(Exception):
@@ -614,6 +680,16 @@ class _Job:
             self.text += text
         self.stream.put(Delta(text, reasoning=reasoning))
 
+    def add_extras(self, delta: Any) -> None:
+        """Take what a chat's piece holds beside its text."""
+        extra = delta.model_extra or {}
+        # The two names that servers use.
+        thought = extra.get("reasoning_content") or extra.get("reasoning")
+        if thought:
+            self.add(str(thought), reasoning=True)
+        for call in delta.tool_calls or ():
+            self.add_call(call)
+
     def add_call(self, call: Any) -> None:
         """Put the pieces of a tool call together."""
         while len(self.calls) <= call.index:
@@ -630,8 +706,9 @@ class _Job:
             self.logprobs.append(TokenLogprob(each.token, each.logprob, top))
         tokens = getattr(found, "tokens", None)
         for i, token in enumerate(tokens or ()):
-            others = (found.top_logprobs or [{}] * len(tokens))[i] or {}
-            self.logprobs.append(TokenLogprob(token, found.token_logprobs[i] or 0.0, tuple(others.items())))
+            others = found.top_logprobs[i] if found.top_logprobs else None
+            top = tuple((others or {}).items())
+            self.logprobs.append(TokenLogprob(token, found.token_logprobs[i] or 0.0, top))
 
     def timings(self, usage: Any) -> Timings:
         """Return the times as this side saw them."""
@@ -654,7 +731,9 @@ def _chosen(text: str, request: CompletionRequest) -> str:
     try:
         choice = json.loads(text)["choice"]
     except (ValueError, KeyError, TypeError):
-        raise SchemaError("the server did not keep to the choices: it may not support them.", raw=text) from None
+        raise SchemaError(
+            "the server did not keep to the choices: it may not support them.", raw=text
+        ) from None
     if choice not in request.constraint.value:
         raise SchemaError(f"the server chose {choice!r:.60}, which is not among the choices.", raw=text)
     return str(choice)

@@ -27,19 +27,20 @@ if TYPE_CHECKING:
     from nbinfer.contract.results import Result
 
 # Class of error: HTTP status, OpenAI's type, OpenAI's code. The first that fits counts.
-_STATUS: tuple[tuple[type[NbinferError], int, str, str | None], ...] = (
-    (ContextOverflow, 400, "invalid_request_error", "context_length_exceeded"),
-    (errors.RequestError, 400, "invalid_request_error", None),
-    (errors.ConfigError, 400, "invalid_request_error", "invalid_configuration"),
-    (SchemaError, 400, "invalid_request_error", "schema_not_satisfied"),
-    (errors.GGUFParseError, 400, "invalid_request_error", "unreadable_model"),
-    (NotSupported, 400, "invalid_request_error", "not_supported"),
-    (errors.ModelNotFound, 404, "invalid_request_error", "model_not_found"),
-    (errors.DoesNotFit, 507, "server_error", "does_not_fit"),
-    (errors.BackendUnavailable, 503, "server_error", "backend_unavailable"),
-    (errors.EngineClosed, 503, "server_error", "model_unloaded"),
-    (errors.ModelLoadError, 500, "server_error", "model_load_failed"),
-    (NbinferError, 500, "server_error", None),
+_STATUS: tuple[tuple[type[NbinferError], tuple[int, str, str | None]], ...] = (
+    (ContextOverflow, (400, "invalid_request_error", "context_length_exceeded")),
+    (errors.RequestError, (400, "invalid_request_error", None)),
+    (errors.ConfigError, (400, "invalid_request_error", "invalid_configuration")),
+    (SchemaError, (400, "invalid_request_error", "schema_not_satisfied")),
+    (errors.SafetensorsParseError, (400, "invalid_request_error", "unreadable_model")),
+    (errors.GGUFParseError, (400, "invalid_request_error", "unreadable_model")),
+    (NotSupported, (400, "invalid_request_error", "not_supported")),
+    (errors.ModelNotFound, (404, "invalid_request_error", "model_not_found")),
+    (errors.DoesNotFit, (507, "server_error", "does_not_fit")),
+    (errors.BackendUnavailable, (503, "server_error", "backend_unavailable")),
+    (errors.EngineClosed, (503, "server_error", "model_unloaded")),
+    (errors.ModelLoadError, (500, "server_error", "model_load_failed")),
+    (NbinferError, (500, "server_error", None)),
 )
 RUNNER_LOST = "runner_lost"
 """Code of the error that a request gets when the process that served it died."""
@@ -52,11 +53,8 @@ STOPPING = "stopping"
 
 def error_to_json(error: BaseException) -> tuple[int, dict[str, Any]]:
     """Return the HTTP status and the body, in OpenAI's shape, that report an error."""
-    status, kind, code = 500, "server_error", None
-    for family, *found in _STATUS:
-        if isinstance(error, family):
-            status, kind, code = found  # type: ignore[assignment]
-            break
+    unknown: tuple[int, str, str | None] = (500, "server_error", None)
+    status, kind, code = next((found for family, found in _STATUS if isinstance(error, family)), unknown)
     code = getattr(error, "code", None) or code
     message = str(error) if isinstance(error, NbinferError) else f"the engine failed: {error!r:.500}"
     extra: dict[str, Any] = {"error": type(error).__name__}
@@ -82,7 +80,7 @@ def error_body(
     return {"error": error}
 
 
-class RunnerLost(errors.EngineError):  # noqa: N818 - a state of the world, not a failure of the request
+class RunnerLost(errors.EngineError):
     """The process that served the request died; the message holds how, and the last lines of its log.
 
     ``report`` is the whole report, with 64 KiB or more of the log, where the process was ours.
@@ -113,6 +111,8 @@ def error_from_json(body: Any, status: int | None = None) -> NbinferError:
         return SchemaError(message, raw=str(extra.get("raw", "")))
     if kind is errors.GGUFParseError:
         return errors.GGUFParseError(message.removeprefix("failed to parse GGUF: "))
+    if kind is errors.SafetensorsParseError:
+        return errors.SafetensorsParseError(message.removeprefix("failed to read safetensors: "))
     if found.get("code") == STOPPING:
         stopping = errors.EngineClosed(message)
         stopping.code = STOPPING  # type: ignore[attr-defined]
@@ -168,6 +168,7 @@ def details_to_json(result: Result) -> dict[str, Any]:
         "text": result.text,
         "reasoning": result.reasoning,
         "finish_reason": result.finish_reason,
+        "tool_calls": [dict(call) for call in result.tool_calls],
         "prompt": result.prompt,
         "params": dict(result.params),
         "usage": asdict(result.usage),
@@ -185,10 +186,11 @@ def details_from_json(value: Mapping[str, Any]) -> dict[str, Any]:
         "text": value["text"],
         "reasoning": value["reasoning"],
         "finish_reason": value["finish_reason"],
+        "tool_calls": tuple(value["tool_calls"]),
         "prompt": value["prompt"],
         "params": value["params"],
-        "usage": Usage(**value["usage"]),
-        "timings": Timings(**value["timings"]),
+        "usage": _known(Usage, value["usage"]),
+        "timings": _known(Timings, value["timings"]),
         "logprobs": None
         if logprobs is None
         else tuple(
@@ -196,6 +198,12 @@ def details_from_json(value: Mapping[str, Any]) -> dict[str, Any]:
             for token, logprob, top in logprobs
         ),
     }
+
+
+def _known(kind: type[Any], value: Mapping[str, Any]) -> Any:
+    """Make a value of the fields that this version has."""
+    names = {field.name for field in fields(kind)}
+    return kind(**{key: item for key, item in value.items() if key in names})
 
 
 # -- vectors --------------------------------------------------------------------------------------------
@@ -222,7 +230,7 @@ def vectors_from_wire(data: Iterable[Any]) -> NDArray[np.float32]:
 # -- requests -------------------------------------------------------------------------------------------
 
 
-def completion_body(request: CompletionRequest, *, own: bool) -> dict[str, Any]:
+def completion_body(request: CompletionRequest, *, own: bool) -> dict[str, Any]:  # noqa: C901 - field by field
     """Return the body of a completion request, without its model.
 
     Parameters
@@ -266,7 +274,10 @@ def completion_body(request: CompletionRequest, *, own: bool) -> dict[str, Any]:
             }
         body["think"] = request.think
         body["reasoning_budget"] = request.reasoning_budget
+        body["adapter"] = request.adapter
         return {key: value for key, value in body.items() if value is not None}
+    if request.adapter is not None:
+        raise NotSupported("an external server takes an adapter as a model of its own: load it by that name.")
     if request.think is not None:
         # llama-server, vLLM and SGLang read the switch here.
         body["chat_template_kwargs"] = {"enable_thinking": request.think}
