@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from nbinfer.contract.errors import (
     ConfigError,
     ModelNotFound,
-    NotSupported,
     RequestError,
     SchemaError,
 )
@@ -609,14 +608,16 @@ def load(
     backend
         Name of the backend; None chooses by the file's format.
     where
-        ``kernel``: inside this process.
+        ``kernel``: inside this process. ``sidecar``: in a process of its own, shared by all your notebooks,
+        that outlives a restart of this kernel by the model's keep-alive; it is started where there is none.
     mode
         ``completion``, ``embedding`` or ``reranking``; None reads it from the file's header.
     context_size
         Tokens of prompt and answer together; -1 is the trained maximum; None is that, up to 4,096.
     keep_alive
         How long the model stays loaded while idle: ``"5m"``, seconds, or a timedelta. None (the default for
-        a model in the kernel, where a variable of yours holds it) and -1: until it is unloaded.
+        a model in the kernel, where a variable of yours holds it) and -1: until it is unloaded. In the
+        sidecar the time runs once no kernel holds the model, and None is 5 minutes.
     gpu_layers
         Layers on the GPU; None is all of them where there is one.
     kv_type
@@ -650,10 +651,10 @@ def load(
 
     if where not in ("kernel", "sidecar"):
         raise ConfigError(f"where={where!r}: use 'kernel' or 'sidecar'.")
-    if where == "sidecar":
-        raise NotSupported("where='sidecar' is not there yet; where='kernel' runs the model in this process.")
     from nbinfer.contract.keepalive import KeepAlive
 
+    if backend is not None and backends.get(backend).uses_external_model_management:
+        return _load_external(str(ref), backend, mode=mode, name=name, options=backend_options)
     stay = None if keep_alive is None else KeepAlive.parse(keep_alive)
     resolved = models.resolve(str(ref), aliases=session.aliases)
     asked_mode = None if mode is None else _mode(mode)
@@ -671,9 +672,10 @@ def load(
         asked.setdefault("projector", resolved.projector)
     name = name or resolved.name
     known = session.find(name)
-    if known is not None and (known.path, known.mode, dict(known.config)) == (
+    if known is not None and (known.path, known.mode, known.where, dict(known.config)) == (
         resolved.path,
         actual_mode,
+        where,
         asked,
     ):
         return known
@@ -682,13 +684,28 @@ def load(
     began = time.perf_counter()
     if known is not None:
         known.unload()
-    engine = adapter.open(
-        resolved.path,
-        mode=actual_mode,
-        name=name,
-        on_progress=progress,
-        **asked,
-    )
+    engine: Engine
+    if where == "sidecar":
+        from nbinfer.contract.config import ModelConfig
+        from nbinfer.sidecar.client import open_engine
+
+        engine = open_engine(
+            resolved.path,
+            name=name,
+            backend=adapter.name,
+            mode=actual_mode,
+            config=ModelConfig(keep_alive=stay),
+            options=asked,
+            on_progress=progress,
+        )
+    else:
+        engine = adapter.open(
+            resolved.path,
+            mode=actual_mode,
+            name=name,
+            on_progress=progress,
+            **asked,
+        )
     model = Model(
         engine=engine,
         name=name,
@@ -703,10 +720,35 @@ def load(
         load_seconds=time.perf_counter() - began,
     )
     session.add(model)
-    if stay is not None and not stay.never:
+    if where == "kernel" and stay is not None and not stay.never:
         threading.Thread(
             target=_unload_when_idle, args=(model, stay.seconds), name="nbinfer-idle", daemon=True
         ).start()
+    return model
+
+
+def _load_external(
+    ref: str, backend: str, *, mode: Mode | str | None, name: str | None, options: Mapping[str, Any]
+) -> Model:
+    """Name a model of a server that already runs; nothing is loaded here."""
+    from nbinfer import backends
+
+    actual_mode = Mode.COMPLETION if mode is None else _mode(mode)
+    name = name or ref
+    known = session.find(name)
+    if known is not None:
+        known.unload()
+    engine = backends.get(backend).open(Path(ref), mode=actual_mode, name=name, **options)
+    model = Model(
+        engine=engine,
+        name=name,
+        ref=ref,
+        backend=backend,
+        where="server",
+        mode=actual_mode,
+        config=dict(options),
+    )
+    session.add(model)
     return model
 
 
