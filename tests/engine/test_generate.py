@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import pytest
 from support.demo_engine import open_demo
 from support.plain_llama import plain_llama
@@ -398,38 +399,63 @@ def test_a_file_that_is_no_model_is_refused_with_a_reason(tmp_path: Path) -> Non
     assert len(str(caught.value).splitlines()) <= 5
 
 
-def test_many_mixed_requests_with_cancels_leave_nothing_behind() -> None:
+def test_a_thousand_mixed_requests_leave_nothing_behind() -> None:
     rng = random.Random(7)
     quiet = open_demo(parallel=1)
     noisy = open_demo(parallel=6)
     try:
         expected = {q: quiet.submit(_request(q)).result().text for q in QUESTIONS[:30]}
-        streams: list[tuple[str, bool, Any]] = []
-        for _ in range(250):
-            question = rng.choice(QUESTIONS[:30])
-            priority = rng.choice(["interactive", "batch"])
-            stream = noisy.submit(_request(question, priority))
-            cancel = rng.random() < 0.3
-            if cancel:
-                if rng.random() < 0.5:
-                    time.sleep(rng.random() * 0.003)
-                stream.cancel()
-            streams.append((question, cancel, stream))
-        for question, cancelled, stream in streams:
-            result = stream.result(timeout=60)
-            if not cancelled:
-                assert result.text == expected[question]
-            else:
-                assert expected[question].startswith(result.text)
-        deadline = time.monotonic() + 5
-        while noisy.load().running and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert (noisy.load().running, noisy.load().waiting) == (0, 0)
+        resident: list[int] = []
+        for _ in range(4):
+            streams = [_submit_something(noisy, rng) for _ in range(250)]
+            for question, kind, stream in streams:
+                _check_outcome(kind, stream, expected[question])
+            _settle(noisy)
+            resident.append(psutil.Process().memory_info().rss)
         for slot in noisy._slots:
             assert slot.sequence is None
+            top = noisy._context._lib.llama_memory_seq_pos_max(noisy._context.memory, slot.index)
+            assert top == len(slot.held) - 1
+        assert resident[-1] - resident[0] < 8 << 20
     finally:
         quiet.close()
         noisy.close()
+
+
+def _submit_something(engine: CompletionEngine, rng: random.Random) -> tuple[str, str, Any]:
+    """A question, a scoring, a request that is cancelled, or one that is refused."""
+    question, kind = rng.choice(QUESTIONS[:30]), rng.choice(["plain", "plain", "cancel", "score", "bad"])
+    request: Any = _request(question, rng.choice(["interactive", "batch"]))
+    if kind == "score":
+        request = ScoreRequest(answers=("Paris", "Rome", "blue"), messages=request.messages, priority="batch")
+    elif kind == "bad":
+        bias = Sampling(logit_bias={999_999: 1})
+        with pytest.raises(RequestError):
+            engine.submit(CompletionRequest(messages=request.messages, sampling=bias))
+        return question, kind, None
+    stream = engine.submit(request)
+    if kind == "cancel":
+        if rng.random() < 0.5:
+            time.sleep(rng.random() * 0.003)
+        stream.cancel()
+    return question, kind, stream
+
+
+def _check_outcome(kind: str, stream: Any, expected: str) -> None:
+    result = None if stream is None else stream.result(timeout=60)
+    if kind == "plain":
+        assert result.text == expected
+    elif kind == "cancel":
+        assert expected.startswith(result.text)
+    elif kind == "score":
+        assert result.probabilities().sum() == pytest.approx(1)
+
+
+def _settle(engine: CompletionEngine) -> None:
+    deadline = time.monotonic() + 5
+    while engine.load().running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (engine.load().running, engine.load().waiting) == (0, 0)
 
 
 def _request(question: str, priority: Any = "interactive", n: int = 40) -> CompletionRequest:

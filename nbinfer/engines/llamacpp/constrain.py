@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from nbinfer.engines.llamacpp.weights import Weights
 
 
+# One line, spaced as Python and most training text write it. Free white space is where small models get lost:
+# they write blanks until their tokens run out.
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
 class Constrainer:
     """Makes matchers for one model; its tokenizer table (about a second at 150,000 tokens) is built once."""
 
@@ -120,9 +125,9 @@ def _grammar(constraint: Constraint) -> str:
 
     kind, value = constraint.kind, constraint.value
     if kind == "json_schema":
-        return str(LLMatcher.grammar_from_json_schema(value))
+        return str(LLMatcher.grammar_from_json_schema(value, defaults=_JSON_STYLE))
     if kind == "json":
-        return str(LLMatcher.grammar_from_json_schema({"type": "object"}))
+        return str(LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=_JSON_STYLE))
     if kind == "choices":
         options = " | ".join(json.dumps(str(c)) for c in value)
         return str(LLMatcher.grammar_from_lark(f"start: {options}"))
