@@ -167,14 +167,14 @@ class RemoteSource:
         # An address may carry a signature in its query: it is not shown.
         self.name = urlunsplit((*urlsplit(url)[:3], "", ""))
         self.size = -1  # not known yet
-        self._etag: str | None = None
+        self.etag: str | None = None
         self._window = FIRST_WINDOW
         self._head = self._fetch(0, first)
 
     @property
     def identity(self) -> str | None:
         """The address, version and size of the file, when the server names the version."""
-        return f"{self._url}\n{self._etag}\n{self.size}" if self._etag else None
+        return f"{self._url}\n{self.etag}\n{self.size}" if self.etag else None
 
     def read(self, offset: int, n: int) -> bytes:
         """Return at least ``n`` bytes at ``offset``."""
@@ -245,8 +245,8 @@ class RemoteSource:
             )
         etag = response.headers.get("ETag")
         if self.size < 0:
-            self.size, self._etag = size, etag
-        elif (size, etag) != (self.size, self._etag):
+            self.size, self.etag = size, etag
+        elif (size, etag) != (self.size, self.etag):
             raise SourceError(f"{self.name}: the file changed on the server while its header was read.")
         return skip
 

