@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +20,7 @@ PENDING = NONE = -1
 RUN, CACHE, DUPLICATE = range(3)
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """What the engine gave for one job, as the journal keeps it.
 
     ``value`` is text, a float32 vector or a score; tokens are counts, ``seconds`` from the first prompt token
@@ -60,16 +58,14 @@ class Outcomes:
     def __len__(self) -> int:
         return len(self.value)
 
-    def add(self) -> int:
-        """Append a job that nothing is known of yet; return its number."""
-        self.value.append(None)
-        self.finish.append(PENDING)
-        self.source.append(NONE)
-        self.prompt.append(NONE)
-        self.cached.append(NONE)
-        self.completion.append(NONE)
-        self.seconds.append(float("nan"))
-        return len(self.value) - 1
+    def grow(self, jobs: int) -> None:
+        """Append jobs that nothing is known of yet."""
+        self.value.extend([None] * jobs)
+        self.finish.extend([PENDING] * jobs)
+        self.source.extend([NONE] * jobs)
+        for counts in (self.prompt, self.cached, self.completion):
+            counts.extend([NONE] * jobs)
+        self.seconds.extend([float("nan")] * jobs)
 
     def set(self, job: int, record: Record, source: int, parsed: Any, error: str | None) -> None:
         """Store what a job gave; with ``error`` the text stays as the raw value of a failed row."""
@@ -91,9 +87,10 @@ class Outcomes:
         else:
             self.finish[job] = STOP if error is None else ERROR
 
-    def fail(self, job: int, error: str, *, prompt_tokens: int | None = None) -> None:
-        """Store why a job gave nothing."""
+    def fail(self, job: int, error: str, *, prompt_tokens: int | None = None, raw: str | None = None) -> None:
+        """Store why a job gave nothing, or nothing but ``raw`` text."""
         self.errors[job] = error
+        self.value[job] = raw
         self.source[job] = RUN
         self.prompt[job] = _count(prompt_tokens)
         self.finish[job] = ERROR

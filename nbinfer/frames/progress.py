@@ -53,22 +53,28 @@ class Progress:
         rows: int,
         *,
         tokens: int = 0,
-        cached: bool = False,
+        cached: int = 0,
         skipped: bool = False,
         error: str | None = None,
     ) -> None:
-        """Count ``rows`` rows that share one result."""
+        """Count rows that are done.
+
+        Parameters
+        ----------
+        rows
+            Rows of one result; or, from the cache, of ``cached`` results.
+        """
         with self._lock:
             self.done += rows
             if error is not None:
                 self.failures[error] += rows
             if skipped:
                 self.skipped += rows
-            elif rows:
-                self.duplicates += rows - 1
-                self.cached += cached
-                self.computed += not cached and (error is None or tokens > 0)
-                self.tokens += tokens
+                return
+            self.cached += cached
+            self.duplicates += rows - (cached or min(rows, 1))
+            self.computed += bool(rows) and not cached and (error is None or tokens > 0)
+            self.tokens += tokens
 
     def end(self, state: str) -> None:
         """Stop the clock; ``state`` is ``done``, ``cancelled`` or ``failed``."""

@@ -201,36 +201,46 @@ class _Planner:
     def add_rows(self, start: int, rows: Iterator[Sequence[Any]]) -> dict[bytes, int]:
         """Add rows; return the keys that were not there before, with their jobs."""
         fresh: dict[bytes, int] = {}
+        failed: dict[int, str] = {}
+        before = following = len(self.outcomes)
         for row, values in enumerate(rows, start=start):
             try:
-                content = _content(self._prompt, values, self._nulls)
-                questions = [] if content is None else self._expand(content)
-                # Without a seed no two answers are the same question: the row becomes part of it.
-                asked = [
-                    self._keys_of.key(question if self._seed is not None else [row, question], sample)
-                    for question, sample in questions
-                ]
+                questions = self._questions(row, values)
             except Exception as error:  # noqa: BLE001 - a row that cannot be rendered is that row's error
-                job = self.outcomes.add()
-                self.outcomes.fail(job, describe(error))
-                self.row_job.extend([job] * self._per_row)
+                failed[following] = describe(error)
+                self.row_job.extend([following] * self._per_row)
+                following += 1
                 continue
-            if content is None:
-                self.row_job.extend([self._skip()] * self._per_row)
-            for key, (question, _) in zip(asked, questions, strict=True):
-                known = self._seen.get(key)
-                if known is None:
-                    known = self._seen[key] = fresh[key] = self.outcomes.add()
-                    self.contents[known] = question
-                    self.keys[known] = key
-                self.row_job.append(known)
+            if not questions:
+                if self._skipped is None:
+                    self._skipped = following
+                    following += 1
+                self.row_job.extend([self._skipped] * self._per_row)
+            for key, question in questions:
+                job = self._seen.get(key)
+                if job is None:
+                    job = self._seen[key] = fresh[key] = following
+                    following += 1
+                    self.contents[job] = question
+                    self.keys[job] = key
+                self.row_job.append(job)
+        self.outcomes.grow(following - before)
+        for job, error_text in failed.items():
+            self.outcomes.fail(job, error_text)
+        if self._skipped is not None:
+            self.outcomes.finish[self._skipped] = oc.SKIPPED
         return fresh
 
-    def _skip(self) -> int:
-        if self._skipped is None:
-            self._skipped = self.outcomes.add()
-            self.outcomes.finish[self._skipped] = oc.SKIPPED
-        return self._skipped
+    def _questions(self, row: int, values: Sequence[Any]) -> list[tuple[bytes, Any]]:
+        """Return the row's questions and their keys; none when the row is skipped."""
+        content = _content(self._prompt, values, self._nulls)
+        if content is None:
+            return []
+        key = self._keys_of.key
+        if self._seed is None:
+            # Without a seed no two answers are the same question: the row becomes part of it.
+            return [(key([row, asked], sample), asked) for asked, sample in self._expand(content)]
+        return [(key(asked, sample), asked) for asked, sample in self._expand(content)]
 
     def look_up(self, journal: Journal, fresh: Mapping[bytes, int]) -> None:
         """Take over what the journal has."""
@@ -244,13 +254,14 @@ class _Planner:
 
 
 def _content(prompt: Prompt, values: Sequence[Any], nulls: Nulls) -> Any:
-    if not prompt.takes_null and any(v is None for v in values):
-        if nulls == "skip":
-            return None
-        if nulls == "error":
-            missing = [repr(c) for c, v in zip(prompt.columns, values, strict=True) if v is None]
-            raise NullField(f"column {', '.join(missing)} is null in this row.")
-        values = ["" if v is None else v for v in values]
+    if not prompt.takes_null:
+        missing = [name for name, value in zip(prompt.columns, values, strict=True) if value is None]
+        if missing:
+            if nulls == "skip":
+                return None
+            if nulls == "error":
+                raise NullField(f"column {', '.join(map(repr, missing))} is null in this row.")
+            values = ["" if v is None else v for v in values]
     return prompt.render(values)
 
 
@@ -295,16 +306,16 @@ class Run:
         self._count_known()
 
     def _count_known(self) -> None:
-        outcomes = self._plan.outcomes
-        for job, finish in enumerate(outcomes.finish):
-            if finish != oc.PENDING:
-                error = outcomes.errors.get(job)
-                self.progress.add(
-                    int(self._plan.rows_of[job]),
-                    cached=outcomes.source[job] == oc.CACHE,
-                    skipped=finish == oc.SKIPPED,
-                    error=None if error is None else kind(error),
-                )
+        """Count the rows that the plan found done: missing, failed to render, or in the journal."""
+        outcomes, rows = self._plan.outcomes, self._plan.rows_of
+        for job, error in outcomes.errors.items():
+            self.progress.add(int(rows[job]), cached=outcomes.source[job] == oc.CACHE, error=kind(error))
+        finish, source = np.array(outcomes.finish, np.int8), np.array(outcomes.source, np.int8)
+        whole = np.ones(len(outcomes), bool)
+        whole[list(outcomes.errors)] = False
+        taken = whole & (source == oc.CACHE)
+        self.progress.add(int(rows[taken].sum()), cached=int(taken.sum()))
+        self.progress.add(int(rows[finish == oc.SKIPPED].sum()), skipped=True)
 
     # -- for whoever waits --------------------------------------------------------------------------------
 
@@ -607,8 +618,8 @@ class Run:
 
     def _failed(self, job: int, error: Exception) -> None:
         with self._lock:
-            tokens = getattr(error, "prompt_tokens", None)
-            self._plan.outcomes.fail(job, describe(error), prompt_tokens=tokens or None)
+            tokens, raw = getattr(error, "prompt_tokens", None), getattr(error, "raw", None)
+            self._plan.outcomes.fail(job, describe(error), prompt_tokens=tokens or None, raw=raw or None)
         self.progress.add(int(self._plan.rows_of[job]), error=type(error).__name__)
         self._react(job, error)
 

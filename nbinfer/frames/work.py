@@ -263,17 +263,24 @@ class CompletionWork:
 
     def accept(self, record: Record) -> tuple[Any, Exception | None]:
         """Return the typed value of a record, and why it is not valid (or None)."""
-        if record.finish_reason == "length" and self.base.constraint is not None:
+        cut = record.finish_reason == "length"
+        try:
+            if self.parse is not None:
+                return self.parse(record.value), None
+            if cut and self._unfinished(record.value):
+                raise SchemaError("the answer is none of the choices.", raw=record.value)  # noqa: TRY301
+        except SchemaError as error:
+            if not cut:
+                return None, error
             return None, Truncated(
                 f"the answer reached max_tokens={self.base.max_tokens} before its end; raise max_tokens.",
                 raw=record.value,
             )
-        if self.parse is None:
-            return None, None
-        try:
-            return self.parse(record.value), None
-        except SchemaError as error:
-            return None, error
+        return None, None
+
+    def _unfinished(self, text: str) -> bool:
+        constraint = self.base.constraint
+        return constraint is not None and constraint.kind == "choices" and text not in constraint.value
 
     def encode(self, value: str) -> bytes:
         """Return a value as the bytes that the journal keeps."""

@@ -253,6 +253,39 @@ def test_an_answer_that_was_cut_short_is_an_error_and_its_raw_text_is_kept() -> 
     assert out[["x", "y"]].isna().all(axis=None)
 
 
+def test_an_engine_that_says_itself_that_an_answer_was_cut_gives_the_raw_text_too() -> None:
+    model = chat_model(lambda r: [SchemaError("the answer was cut.", raw='{"x":')])
+    out = extract(["one"], Point, model=model, progress=False)
+    assert (out["error"][0], out["raw"][0]) == ("SchemaError: the answer was cut.", '{"x":')
+
+
+def test_an_answer_that_ends_with_the_last_token_is_whole() -> None:
+    model = chat_model(lambda r: ['{"x": 1', ', "y"', ": 2}", "too much"])
+    out = extract(["one"], Point, max_tokens=3, model=model)
+    assert (out["y"][0], out["finish_reason"][0], out["error"].isna()[0]) == (2, "length", True)
+
+
+def test_no_field_is_generated_that_has_no_column() -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "type": {"type": "object", "properties": {"properties": {"type": "string"}}},
+            "open": {"type": "object", "properties": {"a": {}}, "additionalProperties": {"type": "integer"}},
+            "any": {"type": "object"},
+            "fixed": {"enum": [{"properties": {"x": 1}}]},
+        },
+    }
+    model = chat_model(["{}"])
+    extract(["one"], schema, model=model)
+    request: Any = engine_of(model).requests[0]
+    sent = request.constraint.value
+    assert sent["additionalProperties"] is False
+    assert sent["properties"]["type"]["additionalProperties"] is False
+    assert sent["properties"]["open"]["additionalProperties"] == {"type": "integer"}
+    assert "additionalProperties" not in sent["properties"]["any"]
+    assert sent["properties"]["fixed"] == schema["properties"]["fixed"]  # type: ignore[index]
+
+
 def test_without_a_prompt_the_schema_is_shown_and_the_row_comes_last() -> None:
     model = answering(one={"x": 1, "y": 2})
     extract(pd.DataFrame({"t": ["one {x}"]}), Point, on="t", model=model)
