@@ -19,6 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,14 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 TOKEN = "screenshots"  # noqa: S105 - of a server that listens on loopback for a minute
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    # Whatever a page asks of another machine is noted, and goes nowhere.
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 READY = """async () => {
   const app = window.jupyterapp; await app.restored; const w = app.shell.currentWidget;
@@ -53,7 +62,7 @@ def jupyter_lab(folder: Path, home: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = home / "config" / "labconfig"
-    settings.mkdir(parents=True)
+    settings.mkdir(parents=True, exist_ok=True)
     (settings / "page_config.json").write_text(
         '{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}',
     )
@@ -109,8 +118,8 @@ def wait_until_run(page: Page, seconds: float) -> None:
 
 
 def open_notebook(page: Page, address: str, name: str) -> None:
-    """Open a notebook and wait for its kernel."""
-    page.goto(f"{address}/lab/workspaces/shots/tree/{name}?token={TOKEN}")
+    """Open a notebook in a workspace of its own and wait for its kernel."""
+    page.goto(f"{address}/lab/workspaces/{uuid.uuid4().hex}/tree/{name}?token={TOKEN}")
     for _ in range(60):
         try:
             page.evaluate(READY)
@@ -138,13 +147,7 @@ def main() -> None:
         folder.mkdir()
         shutil.copy(options.notebook, folder / options.notebook.name)
         with jupyter_lab(folder, home) as address:
-            flags = [
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-                "--disable-background-networking",
-            ]
-            browser = playwright.chromium.launch(executable_path=options.chromium, headless=True, args=flags)
+            browser = playwright.chromium.launch(executable_path=options.chromium, headless=True, args=FLAGS)
             page = browser.new_page(viewport={"width": options.width, "height": options.height})
             page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
             page.on(
