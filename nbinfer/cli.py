@@ -117,6 +117,52 @@ def estimate(
         print(found)
 
 
+@app.command()
+def serve(
+    *,
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[REF]...", help="Models to load at once.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Listen on 127.0.0.1 too, with a token; 0 takes a free port.")
+    ] = None,
+    ram: Annotated[
+        str | None, typer.Option(help="RAM that all models may take together, such as 8G.")
+    ] = None,
+    vram: Annotated[
+        list[str] | None, typer.Option(help="Memory that they may take of each GPU; once per GPU.")
+    ] = None,
+    keep_alive: Annotated[
+        str | None, typer.Option(help="How long an idle model stays: 5m, 1h30m, 0, or -1 for ever.")
+    ] = None,
+) -> None:
+    """Run the sidecar until it is stopped: models for all notebooks, and an OpenAI API."""
+    sidecar: Any = import_module("nbinfer.sidecar.commands")
+    sidecar.serve(models or (), port=port, ram=ram, vram=vram or (), keep_alive=keep_alive)
+
+
+@app.command()
+def stop() -> None:
+    """Stop the sidecar and every model in it."""
+    discovery: Any = import_module("nbinfer.sidecar.discovery")
+    print("The sidecar has stopped." if discovery.stop() else "No sidecar runs.")
+
+
+@app.command()
+def ps(*, as_json: AsJson = False) -> None:
+    """Show the sidecar's models: what runs, who holds them, how long they stay."""
+    if as_json:
+        discovery: Any = import_module("nbinfer.sidecar.discovery")
+        _print_json(discovery.describe())
+        return
+    sidecar: Any = import_module("nbinfer.sidecar.commands")
+    rows = sidecar.rows()
+    if rows:
+        _print_table(_console(), list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
+    else:
+        print("The sidecar has no models." if sidecar.discovery.find() else "No sidecar runs.")
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 

@@ -135,7 +135,14 @@ def find() -> Service | None:
 
 
 @contextlib.contextmanager
-def _locked() -> Iterator[None]:
+def locked() -> Iterator[None]:
+    """Hold the lock under which a sidecar is started.
+
+    Raises
+    ------
+    BackendUnavailable
+        Somebody has held it for longer than a start may take.
+    """
     from filelock import FileLock, Timeout
 
     lock = FileLock(runtime_folder() / "sidecar.lock", mode=0o600)
@@ -161,8 +168,8 @@ def ensure() -> Service:
     """
     found = find()
     if found is None:
-        _check_packages()
-        with _locked():
+        check_packages()
+        with locked():
             # Another kernel may have started it while this one waited.
             found = find() or _start()
     if found.version != __version__:
@@ -173,7 +180,8 @@ def ensure() -> Service:
     return found
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
+    """Raise ``BackendUnavailable`` with the install line when a package of the sidecar is missing."""
     from importlib.util import find_spec
 
     missing = [name for name in ("fastapi", "uvicorn", "httpx", "openai") if find_spec(name) is None]

@@ -53,6 +53,7 @@ from nbinfer.sidecar.sizes import default_budget, runner_size
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from concurrent.futures import Future
 
     from nbinfer.contract.memory import RequiredMemory
 FIRST_SECONDS = 20.0
@@ -165,6 +166,23 @@ class SidecarService:
 
     def _lost(self, runner: Runner) -> None:
         self.loader.lost(runner)
+
+    def preload(self) -> None:
+        """Begin to load the models that the service was started with; a failure is said in the log."""
+        from nbinfer import models
+
+        for ref in self._options.models:
+            found = models.resolve(ref)
+            modes = found.header.modes if found.format == "gguf" else ()
+            wanted = self.wanted(
+                {
+                    "path": str(found.path.absolute()),
+                    "name": found.name,
+                    "backend": backends.for_format(found.format).name,
+                    "mode": str(modes[0]) if modes else str(Mode.COMPLETION),
+                }
+            )
+            self.loader.request(wanted).future.add_done_callback(_preloaded)
 
     # -- which model ------------------------------------------------------------------------------------
 
@@ -532,6 +550,16 @@ class SidecarService:
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
+def _preloaded(future: Future[Use]) -> None:
+    if future.cancelled():
+        return
+    error = future.exception()
+    if error is None:
+        future.result().release()
+    else:
+        sys.stderr.write(f"{error}\n")
+
+
 def _merged_metrics(pages: list[tuple[Runner, str]]) -> bytes:
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.core import Metric
@@ -619,6 +647,7 @@ async def run(options: Options, on_ready: Callable[[discovery.Service], None] | 
     discovery.write(found)
     if on_ready is not None:
         on_ready(found)
+    service.preload()
     try:
         await service.watch()
     finally:
