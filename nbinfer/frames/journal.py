@@ -172,13 +172,13 @@ class Journal:
                 part = keys[start : start + _LOOKUP]
                 marks = ",".join("?" * len(part))
                 stale = []
-                for key, used, *row in self._db.execute(
-                    f"SELECT key, used, {_COLUMNS} FROM entries WHERE key IN ({marks})",  # noqa: S608 - marks
+                for row in self._db.execute(
+                    f"SELECT {_COLUMNS}, key, used FROM entries WHERE key IN ({marks})",  # noqa: S608 - marks
                     part,
                 ):
-                    found[key] = _record(row, codec)
-                    if used < today:
-                        stale.append(key)
+                    found[row[-2]] = _record(row, codec)
+                    if row[-1] < today:
+                        stale.append(row[-2])
                 if stale:
                     # Only the order of eviction depends on it: a disk that is full may still be read.
                     with contextlib.suppress(sqlite3.OperationalError):
@@ -280,10 +280,8 @@ def _where(**columns: str | None) -> tuple[str, list[str]]:
 
 
 def _record(row: Sequence[Any], codec: Codec) -> Record:
-    data, finish, prompt, cached, completion, seconds, extra = row
-    return Record(
-        codec.decode(data), finish, prompt, cached, completion, seconds, json.loads(extra) if extra else None
-    )
+    extra = json.loads(row[6]) if row[6] else None
+    return Record(codec.decode(row[0]), row[1], row[2], row[3], row[4], row[5], extra)
 
 
 def _today() -> int:

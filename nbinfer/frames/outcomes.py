@@ -36,8 +36,7 @@ class Record(NamedTuple):
     extra: Mapping[str, Any] | None = None
 
 
-def _count(value: int | None) -> int:
-    return NONE if value is None else value
+_NAN = float("nan")
 
 
 class Outcomes:
@@ -65,7 +64,7 @@ class Outcomes:
         self.source.extend([NONE] * jobs)
         for counts in (self.prompt, self.cached, self.completion):
             counts.extend([NONE] * jobs)
-        self.seconds.extend([float("nan")] * jobs)
+        self.seconds.extend([_NAN] * jobs)
 
     def set(self, job: int, record: Record, source: int, parsed: Any, error: str | None) -> None:
         """Store what a job gave; with ``error`` the text stays as the raw value of a failed row."""
@@ -77,10 +76,11 @@ class Outcomes:
         if record.extra:
             self.extra[job] = record.extra
         self.source[job] = source
-        self.prompt[job] = _count(record.prompt_tokens)
-        self.cached[job] = _count(record.cached_tokens)
-        self.completion[job] = _count(record.completion_tokens)
-        self.seconds[job] = float("nan") if record.seconds is None else record.seconds
+        _, _, prompt, cached, completion, seconds, _ = record
+        self.prompt[job] = NONE if prompt is None else prompt
+        self.cached[job] = NONE if cached is None else cached
+        self.completion[job] = NONE if completion is None else completion
+        self.seconds[job] = _NAN if seconds is None else seconds
         # Last: a job counts as finished when its finish reason is there.
         if record.finish_reason == "length":
             self.finish[job] = LENGTH
@@ -92,7 +92,7 @@ class Outcomes:
         self.errors[job] = error
         self.value[job] = raw
         self.source[job] = RUN
-        self.prompt[job] = _count(prompt_tokens)
+        self.prompt[job] = NONE if prompt_tokens is None else prompt_tokens
         self.finish[job] = ERROR
 
     def reset(self, job: int) -> None:
