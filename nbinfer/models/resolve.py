@@ -113,7 +113,7 @@ def resolve(
     if isinstance(found, ResolvedModel):
         return found
     if not download:
-        raise ModelNotFound(f"{target} is not on this disk.\nDownload it with nbinfer.pull({target!r}).")
+        raise ModelNotFound(f"{target} is not on this disk.\nDownload it with: %nbinfer pull {target}")
     if isinstance(found, str):
         from nbinfer.models.download import fetch_file, remote_file
 
@@ -201,9 +201,7 @@ def _on_hub(hub: HubRef, ref: str) -> ResolvedModel | HubRef:
 
 def _in_store(source: str, name: str, ref: str) -> ResolvedModel:
     models = discover(source)
-    return _the_one(
-        name, [m for m in models if _is_called(m, name)], models, ref, f"{source} has no model {name!r}"
-    )
+    return _the_one(name, _called(models, name), models, ref, f"{source} has no model {name!r}")
 
 
 def _by_name(name: str, ref: str, aliases: list[str]) -> ResolvedModel:
@@ -211,7 +209,7 @@ def _by_name(name: str, ref: str, aliases: list[str]) -> ResolvedModel:
     from nbinfer.models.demo import DEMO_MODELS
 
     models = discover()
-    fitting = [model for model in models if _is_called(model, name)]
+    fitting = _called(models, name)
     if fitting:
         return _the_one(name, fitting, models, ref, "")
     known = [*aliases, *DEMO_MODELS, *(model.name for model in models if model.problem is None)]
@@ -219,8 +217,10 @@ def _by_name(name: str, ref: str, aliases: list[str]) -> ResolvedModel:
     raise ModelNotFound(f"there is no model {name!r}.{nearest(name, known)}{hint}")
 
 
-def _is_called(model: FoundModel, name: str) -> bool:
-    return name.lower() in (known.lower() for known in (model.name, *model.names))
+def _called(models: list[FoundModel], name: str) -> list[FoundModel]:
+    """Return the models of that name; where none has it, those that are also known by it."""
+    exact = [model for model in models if model.name.lower() == name.lower()]
+    return exact or [m for m in models if name.lower() in (known.lower() for known in m.names)]
 
 
 def _the_one(
@@ -328,5 +328,5 @@ def _missing(path: Path) -> ModelNotFound:
     folder = path.parent
     if not folder.is_dir():
         return ModelNotFound(f"there is no file {path}: the folder {folder} does not exist.")
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() or p.suffix.lower() == ".gguf")
+    names = [p.name for p in sorted(folder.iterdir()) if p.suffix.lower() == ".gguf"]
     return ModelNotFound(f"there is no file {path}.{nearest(path.name, names, f'in {folder} there is')}")

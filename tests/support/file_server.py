@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Request:
-    """One GET, with what a behaviour needs to answer it."""
+    """One GET or HEAD, with what a behaviour needs to answer it."""
 
     def __init__(self, handler: BaseHTTPRequestHandler, server: FileServer) -> None:
         self.handler = handler
@@ -32,6 +32,8 @@ class Request:
             if value is not None:
                 self.handler.send_header(key.replace("_", "-"), str(value))
         self.handler.end_headers()
+        if self.handler.command == "HEAD":
+            return
         try:
             self.handler.wfile.write(body)
         except OSError:
@@ -58,6 +60,10 @@ class FileServer:
 
             def do_GET(self) -> None:
                 outer.requests.append({"path": self.path, **dict(self.headers.items())})
+                outer.behaviour(Request(self, outer))
+
+            def do_HEAD(self) -> None:
+                outer.requests.append({"path": self.path, "method": "HEAD", **dict(self.headers.items())})
                 outer.behaviour(Request(self, outer))
 
             def log_message(self, *_: object) -> None:
