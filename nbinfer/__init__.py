@@ -11,7 +11,9 @@ no widget.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from nbinfer._version import __version__
@@ -126,8 +128,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # `nb.models` is a function and `nbinfer.models` a room: importing the room would put the module under
-    # that name, so the function is asked for again each time and put back.
     if name not in _NAMES:
         raise AttributeError(f"module 'nbinfer' has no attribute {name!r}")
     value = getattr(import_module(_NAMES[name]), name)
@@ -145,3 +145,23 @@ def _render(value: Any) -> rendering.Bundle:
 
 
 rendering.register(_render)
+
+
+class _Package(ModuleType):
+    """The package, in which ``models`` is always the function.
+
+    A room has that name too, and importing it would put it in the function's place. The room is imported as
+    ``from nbinfer.models import …``.
+    """
+
+    @property
+    def models(self) -> Any:
+        """The function :func:`nbinfer.session.models`."""
+        return import_module("nbinfer.session").models
+
+    @models.setter
+    def models(self, room: ModuleType) -> None:
+        """Import of the room: nothing to do, it is in ``sys.modules``."""
+
+
+sys.modules[__name__].__class__ = _Package

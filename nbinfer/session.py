@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from nbinfer.contract.schemas import Schema
     from nbinfer.engines.protocol import Engine, EngineInfo
     from nbinfer.engines.stream import Stream
+    from nbinfer.models import FoundModel
 
 _SAMPLING = tuple(f.name for f in dataclasses.fields(Sampling))
 OPTIONS = (
@@ -647,7 +648,8 @@ def load(
     ConfigError
         A setting is not valid.
     """
-    from nbinfer import backends, models
+    from nbinfer import backends
+    from nbinfer.models import resolve
 
     if where not in ("kernel", "sidecar"):
         raise ConfigError(f"where={where!r}: use 'kernel' or 'sidecar'.")
@@ -656,7 +658,7 @@ def load(
     if backend is not None and backends.get(backend).uses_external_model_management:
         return _load_external(str(ref), backend, mode=mode, name=name, options=backend_options)
     stay = None if keep_alive is None else KeepAlive.parse(keep_alive)
-    resolved = models.resolve(str(ref), aliases=session.aliases)
+    resolved = resolve(str(ref), aliases=session.aliases)
     asked_mode = None if mode is None else _mode(mode)
     actual_mode = asked_mode or _natural_mode(resolved)
     options = {
@@ -892,6 +894,42 @@ def status() -> pd.DataFrame:
         for name, found, advice in backends.statuses()
     ]
     return table("status", rows, ["backend", "status", "detail", "install"])
+
+
+def models() -> pd.DataFrame:
+    """Models on this disk: the demo models, and what other programs keep here (read, never copied).
+
+    Columns: name, ref (what :func:`load` takes), source, architecture, parameters, quantisation, size_bytes,
+    disk_bytes (files shared with a row above count once), context (tokens it was trained for), modes,
+    problem.
+    """
+    from nbinfer.models import discover
+    from nbinfer.tables import table
+
+    columns = ["name", "ref", "source", "architecture", "parameters", "quantisation", "size_bytes"]
+    columns += ["disk_bytes", "context", "modes", "problem"]
+    return table("models", [_model_row(found) for found in discover()], columns)
+
+
+def _model_row(found: FoundModel) -> dict[str, Any]:
+    header = found.header
+    row: dict[str, Any] = {
+        "name": found.name,
+        "ref": found.ref,
+        "source": found.source,
+        "size_bytes": found.size,
+        "disk_bytes": found.disk_bytes,
+        "problem": found.problem or ("" if header is not None else "the header cannot be read"),
+    }
+    if header is not None:
+        row |= {
+            "architecture": header.architecture,
+            "parameters": header.parameters,
+            "quantisation": str(header.quantisation),
+            "context": header.context_length,
+            "modes": ", ".join(header.modes),
+        }
+    return row
 
 
 def ps() -> pd.DataFrame:

@@ -351,6 +351,13 @@ def test_importing_nbinfer_imports_nothing_heavy(forbidden: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_models_is_the_function_whatever_was_imported() -> None:
+    import nbinfer.models.resolve  # noqa: F401 - importing the room is what is tested
+
+    assert "demo" in nb.models()["ref"].tolist()
+    assert callable(nb.models)
+
+
 def test_every_public_name_can_be_had() -> None:
     for name in nb.__all__:
         assert getattr(nb, name) is not None
