@@ -35,7 +35,7 @@ from nbinfer.contract.errors import (
 from nbinfer.frames import outcomes as oc
 from nbinfer.frames.journal import KEY_VERSION, Journal, JournalError, Keys, open_journal
 from nbinfer.frames.outcomes import Columns, Outcomes
-from nbinfer.frames.progress import Progress, QuietSink, Sink
+from nbinfer.frames.progress import JupyterSink, Progress, QuietSink, Sink
 from nbinfer.frames.prompts import NullField
 from nbinfer.frames.work import plain, weights
 
@@ -479,6 +479,9 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<nbinfer run: {self.progress.line()}>"
+
+    def _repr_html_(self) -> str:
+        return JupyterSink.html(self.progress)
 
     # -- the working thread -------------------------------------------------------------------------------
 
