@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from nbinfer.gguf.header import ArraySummary, Header, TensorInfo
@@ -41,7 +42,8 @@ def remember(folder: Path, identity: str, header: Header) -> None:
         part.write_text(json.dumps(summary), encoding="utf-8")
         part.replace(path)
     except OSError:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def recall(folder: Path, identity: str) -> Header | None:

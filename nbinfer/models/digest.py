@@ -7,6 +7,7 @@ import json
 import os
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,4 +82,5 @@ def _remember(record: Path, entry: dict[str, str | int]) -> None:
         part.write_text(json.dumps(entry), encoding="utf-8")
         part.replace(record)
     except OSError:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -282,6 +282,8 @@ def _hub_errors(ref: HubRef) -> Iterator[None]:
     """Say the hub library's errors in few words, with the fix."""
     from huggingface_hub import errors
 
+    # Of whichever HTTP library the hub library uses; it also covers a broken or refused connection.
+    http_error: type[Exception] = getattr(errors, "HTTPError", errors.HfHubHTTPError)
     try:
         yield
     except errors.GatedRepoError:
@@ -298,7 +300,7 @@ def _hub_errors(ref: HubRef) -> Iterator[None]:
         raise ModelNotFound(f"{ref.repo} has no revision {ref.revision}.") from None
     except errors.EntryNotFoundError as error:
         raise ModelNotFound(f"{ref}: {_first_line(error)}") from None
-    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as error:
+    except (http_error, errors.OfflineModeIsEnabled, OSError) as error:
         raise ModelNotFound(
             f"{ref} is not on this disk, and Hugging Face does not answer: {_first_line(error)}"
         ) from error

@@ -165,6 +165,8 @@ def _on_disk(target: str, ref: str, aliases: list[str]) -> ResolvedModel | HubRe
     """Return a model that is here; else where it can be had: the reference on the hub, or the address."""
     from nbinfer.models.demo import DEMO_MODELS
 
+    if not target.strip():
+        raise ModelNotFound("the name of the model is empty; nbinfer.models() lists what is here.")
     if target in DEMO_MODELS:
         return replace(from_path(DEMO_MODELS[target](), ref=ref, source="demo"), name=target)
     if is_address(target):
@@ -328,5 +330,5 @@ def _missing(path: Path) -> ModelNotFound:
     folder = path.parent
     if not folder.is_dir():
         return ModelNotFound(f"there is no file {path}: the folder {folder} does not exist.")
-    names = [p.name for p in sorted(folder.iterdir()) if p.suffix.lower() == ".gguf"]
+    names = [files.paths[0].name for files in gguf_models(folder)]
     return ModelNotFound(f"there is no file {path}.{nearest(path.name, names, f'in {folder} there is')}")

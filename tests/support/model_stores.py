@@ -49,7 +49,8 @@ def gguf(name: str = "a small model", **metadata: int) -> bytes:
         Entry("llama.context_length", U32, 512),
         *(Entry(key.replace("__", "."), U16, value) for key, value in metadata.items()),
     ]
-    return small_model(entries=entries, tensors=[Tensor("token_embd.weight", (64, 8))]).bytes()
+    # Named by the model, so that parts of one hold different tensors.
+    return small_model(entries=entries, tensors=[Tensor(f"{name}.weight", (64, 8))]).bytes()
 
 
 def gguf_part(number: int, total: int) -> bytes:
