@@ -7,13 +7,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -49,12 +48,17 @@ from nbinfer.sidecar.bodies import (
     TokenizeBody,
 )
 from nbinfer.sidecar.metrics import Metrics
+from nbinfer.sidecar.responses import (
+    ClosingStream,
+    MisdirectedError,
+    SafeJSONResponse,
+    error_response,
+    while_connected,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
     from typing import TypeVar
-
-    from starlette.types import Receive, Scope, Send
 
     from nbinfer.contract.requests import CompletionRequest
     from nbinfer.contract.results import EmbeddingResult, Event, RerankResult, ScoreResult
@@ -99,40 +103,6 @@ class Served:
         if self.engine is None:
             raise EngineClosed(f"{self.names[0]} is being loaded ({self.stage}, {self.fraction:.0%}).")
         return self.engine
-
-
-class MisdirectedError(ModelNotFound):
-    """The request is for a model that is not served here (HTTP 421)."""
-
-    code = "model_not_found"
-
-
-class SafeJSONResponse(JSONResponse):
-    """JSON in ASCII: text from a request may hold half characters, which no encoding can write."""
-
-    def render(self, content: Any) -> bytes:
-        """Return the bytes."""
-        import json
-
-        return json.dumps(content, separators=(",", ":")).encode("ascii")
-
-
-class ClosingStream(StreamingResponse):
-    """A stream that tidies up however it ends: also when the client left before the first byte.
-
-    What ``on_close`` awaits is outside the scope that a client's leaving cancels.
-    """
-
-    def __init__(self, content: Any, *, on_close: Callable[[], Awaitable[None]], **options: Any) -> None:
-        super().__init__(content, **options)
-        self._on_close = on_close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._on_close()
 
 
 def make_app(served: Served, *, metrics: Metrics | None = None) -> FastAPI:
@@ -180,15 +150,6 @@ def _add_error_handlers(api: FastAPI) -> None:
         if error.status_code in (404, 405):
             message = f"{request.method} {request.url.path[:200]} is not part of this API."
         return SafeJSONResponse(error_body(message), error.status_code, headers=error.headers)
-
-
-def error_response(error: NbinferError) -> Response:
-    """Return the response that reports an error."""
-    status, body = error_to_json(error)
-    if isinstance(error, MisdirectedError):
-        status = 421
-    # Nothing here gets better by asking again at once, which OpenAI's clients do on 5xx.
-    return SafeJSONResponse(body, status, headers={"x-should-retry": "false"})
 
 
 # -- routes ---------------------------------------------------------------------------------------------
@@ -423,34 +384,6 @@ async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Event 
             stream.cancel()
         for task in tasks:
             task.cancel()
-
-
-async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """Return the outcome of ``work``; cancel it when the client goes away.
-
-    Raises
-    ------
-    ClientDisconnect
-        The client went away.
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        gone.cancel()
-        if not task.done():
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _wait(request: Request, streams: Sequence[Stream], counters: Metrics) -> list[Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +129,8 @@ class EventStream:
 
     def abandon(self) -> None:
         """Close this process' copy of the connection, in a child that was forked."""
-        self._socket.close()
+        # Not close(): the answer's file object would keep the descriptor open.
+        os.close(self._socket.detach())
 
     def detach(self) -> None:
         """Free what is left after the end."""

@@ -44,10 +44,10 @@ from nbinfer.contract.modes import Mode, mode_for_path, mode_from_json
 from nbinfer.engines.remote.wire import STOPPING, RunnerLost, error_body, error_to_json
 from nbinfer.sidecar import discovery
 from nbinfer.sidecar.answers import sse
-from nbinfer.sidecar.app import ClosingStream, SafeJSONResponse, error_response, while_connected
 from nbinfer.sidecar.guard import Guard
 from nbinfer.sidecar.listen import server, tcp_socket, unix_socket
 from nbinfer.sidecar.loader import Loader, Progress, Ticket, Use, Wanted
+from nbinfer.sidecar.responses import ClosingStream, SafeJSONResponse, error_response, while_connected
 from nbinfer.sidecar.runners import Recipe, Runner, start
 from nbinfer.sidecar.sizes import default_budget, runner_size
 
@@ -169,10 +169,10 @@ class SidecarService:
 
     def preload(self) -> None:
         """Begin to load the models that the service was started with; a failure is said in the log."""
-        from nbinfer import models
+        from nbinfer.models import resolve
 
         for ref in self._options.models:
-            found = models.resolve(ref)
+            found = resolve(ref)
             modes = found.header.modes if found.format == "gguf" else ()
             wanted = self.wanted(
                 {
@@ -411,7 +411,17 @@ class SidecarService:
 
     async def _models(self, request: Request) -> Response:
         del request
-        return SafeJSONResponse({"object": "list", "data": [self._listed(w) for w in self._distinct()]})
+        from nbinfer.models.demo import DEMO_MODELS
+
+        data = [self._listed(wanted) for wanted in self._distinct()]
+        known = {each["id"] for each in data}
+        # Loaded when they are asked for.
+        data += [
+            {"id": name, "object": "model", "created": 0, "owned_by": "nbinfer", "loaded": False}
+            for name in DEMO_MODELS
+            if name not in known
+        ]
+        return SafeJSONResponse({"object": "list", "data": data})
 
     async def _model(self, request: Request) -> Response:
         return SafeJSONResponse(self._listed(self._named(request.path_params["name"], None)))
