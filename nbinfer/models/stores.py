@@ -50,7 +50,7 @@ class FoundModel:
     projector
         The image encoder of a vision model, when it is a file of its own.
     problem
-        Why it cannot be used; None for a sound one.
+        Why it cannot be used, as far as names and sizes of files tell; None for a sound one.
     disk_bytes
         Bytes of its files that no model listed before it has: the sum over a list is what is on the disk,
         hard links and shared files counted once.
@@ -82,18 +82,27 @@ class FoundModel:
         """Bytes of all its files."""
         return sum(_size(path) or 0 for path in self.files)
 
-    @cached_property
+    @property
     def header(self) -> Header | SafetensorsHeader | None:
-        """What its header says; None when it cannot be read."""
+        """What its header says; None when it cannot be read, and ``trouble`` says why."""
+        return self._read[0]
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it cannot be used: its ``problem``, or what is wrong with its header; None for a sound one."""
+        return self._read[1]
+
+    @cached_property
+    def _read(self) -> tuple[Header | SafetensorsHeader | None, str | None]:
         from nbinfer.gguf import read_header
         from nbinfer.gguf.safetensors import read_safetensors
 
         if self.problem is not None:
-            return None
+            return None, self.problem
         try:
-            return read_header(self.path) if self.format == "gguf" else read_safetensors(self.path)
-        except (GGUFParseError, SafetensorsParseError):
-            return None
+            return (read_header if self.format == "gguf" else read_safetensors)(self.path), None
+        except (GGUFParseError, SafetensorsParseError) as error:
+            return None, str(error)
 
 
 def discover(*sources: str) -> list[FoundModel]:

@@ -219,7 +219,11 @@ def test_an_address_of_the_hub_is_a_reference_to_it(url: str, expected: HubRef |
         (["m-Q2_K.gguf", "m-Q8_0.gguf"], None, "m-Q8_0.gguf"),
         (["b.gguf", "a.gguf", "mmproj-a.gguf"], None, "a.gguf"),
         (["m-UD-Q4_K_XL.gguf", "m-Q4_K_M.gguf"], "ud-q4_k_xl", "m-UD-Q4_K_XL.gguf"),
-        (["q/m-F16-00002-of-00002.gguf", "q/m-F16-00001-of-00002.gguf"], "f16", "q/m-F16-00001-of-00002.gguf"),
+        (
+            ["q/m-F16-00002-of-00002.gguf", "q/m-F16-00001-of-00002.gguf"],
+            "f16",
+            "q/m-F16-00001-of-00002.gguf",
+        ),
         (["README.md"], None, None),
         ([], None, None),
     ],

@@ -393,6 +393,15 @@ def fill(home: Path) -> None:
     os.link(blob, target)
 
 
+def test_a_file_that_is_no_model_says_so_when_its_header_is_read(home: Path) -> None:
+    path = write(home / ".lmstudio" / "models" / "p" / "m" / "m-Q4_0.gguf", gguf()[:500])
+    model = only("lmstudio")
+    assert (model.problem, model.header) == (None, None)
+    assert (model.trouble or "").startswith(f"failed to parse GGUF: {path}: ")
+    write(path, gguf())
+    assert only("lmstudio").trouble is None
+
+
 def test_looking_and_resolving_writes_and_copies_nothing(home: Path) -> None:
     fill(home)
     before = contents(home)
