@@ -16,7 +16,7 @@ import numpy as np
 from nbinfer.contract.errors import ContextOverflow, EngineError, NotSupported, RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import ScoreRequest
-from nbinfer.frames.operators import check_too_long, completion_work, finish, resolve
+from nbinfer.frames.operators import beside_names, completion_work, finish, resolve
 from nbinfer.frames.outcomes import Record
 from nbinfer.frames.progress import make_sink
 from nbinfer.frames.prompts import make_prompt
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nbinfer.engines.protocol import Engine, EngineInfo
     from nbinfer.frames.outcomes import Columns
     from nbinfer.frames.progress import Sink
-    from nbinfer.frames.run import CacheMode, Nulls, OnError
+    from nbinfer.frames.run import CacheMode, Nulls, OnError, TooLong
     from nbinfer.frames.tables import Table
     from nbinfer.frames.work import CompletionWork, FrameModel
 
@@ -71,6 +71,10 @@ class ScoreWork:
     def refuse(self, engine: Engine, content: Any) -> ContextOverflow | None:
         """Return the error of a content that cannot fit, before anything is computed."""
         return self.base.refuse(engine, content)
+
+    def fits(self, engine: Engine, content: Any) -> bool:
+        """Whether a content fits the model, with room for an answer."""
+        return self.base.fits(engine, content)
 
     def request(self, contents: Sequence[Any], seeds: Sequence[int | None]) -> ScoreRequest:
         """Return the request for these contents."""
@@ -163,7 +167,7 @@ def classify(
     cache: CacheMode = True,
     on_error: OnError = "null",
     nulls: Nulls = "skip",
-    too_long: str = "error",
+    too_long: TooLong = "error",
     keep: bool = True,
     progress: bool | Sink | None = None,
     **options: Any,
@@ -189,7 +193,7 @@ def classify(
         probabilities; None: the first, where the engine can.
     name
         The labels' column.
-    data, on, model, cache, on_error, nulls, keep, progress, **options
+    data, on, model, cache, on_error, nulls, too_long, keep, progress, **options
         As for :func:`complete`; options are ``system``, ``raw``, ``think``.
 
     Returns
@@ -242,14 +246,13 @@ def plan_classify(
     cache: CacheMode = True,
     on_error: OnError = "null",
     nulls: Nulls = "skip",
-    too_long: str = "error",
+    too_long: TooLong = "error",
     keep: bool = True,
     **options: Any,
 ) -> Run:
     """Return the run that :func:`classify` waits for."""
     choice("method", method, (None, "logits", "generate"))
     table = read(data)
-    check_too_long(too_long)
     check_share("threshold", threshold)
     texts = label_texts(labels, least=1 if multi else 2)
     if method == "generate" and (multi or probs):
@@ -257,7 +260,7 @@ def plan_classify(
             "method='generate' gives one label and no probabilities; leave out multi and probs."
         )
     values = [name, *([f"p_{label}" for label in texts] if probs else ())]
-    names = table.free_names(values, ("confidence", "error"), prefix=name, keep=keep)
+    names = table.free_names(values, beside_names(("confidence", "error"), too_long), prefix=name, keep=keep)
     asked = make_prompt(
         prompt,
         on,
@@ -280,9 +283,8 @@ def plan_classify(
             probs,
             names,
             keep,
-            cache,
-            nulls,
             on_error,
+            {"nulls": nulls, "cache": cache, "too_long": too_long},
         )
     answers = tuple(texts)
     if method == "generate":
@@ -305,7 +307,7 @@ def plan_classify(
         beside = {"confidence": columns.numbers(_largest(shares)), "error": columns.error()}
         return finish(table, run, columns, out, beside, names=names, keep=keep)
 
-    plan = make_plan(table, asked, work, loaded, nulls=nulls, cache=cache)
+    plan = make_plan(table, asked, work, loaded, nulls=nulls, cache=cache, too_long=too_long)
     return Run(plan, build, params={**params, **options, "method": method or "logits"}, on_error=on_error)
 
 
@@ -320,9 +322,8 @@ def _plan_multi(
     probs: bool,  # noqa: FBT001 - one call
     names: Mapping[str, str],
     keep: bool,  # noqa: FBT001
-    cache: CacheMode,
-    nulls: Nulls,
     on_error: OnError,
+    rules: Mapping[str, Any],
 ) -> Run:
     import pyarrow as pa
 
@@ -358,7 +359,7 @@ def _plan_multi(
         whole_rows = columns.by_row(len(labels))
         return finish(table, run, whole_rows, out, beside, names=names, keep=keep)
 
-    plan = make_plan(table, asked, work, loaded, expand=expand, per_row=len(labels), nulls=nulls, cache=cache)
+    plan = make_plan(table, asked, work, loaded, expand=expand, per_row=len(labels), **rules)
     return Run(plan, build, params={**params, **options, "threshold": threshold}, on_error=on_error)
 
 
@@ -435,7 +436,7 @@ def filter(  # noqa: A001 - the operator's common name; the built-in is not used
     cache: CacheMode = True,
     on_error: OnError = "null",
     nulls: Nulls = "skip",
-    too_long: str = "error",
+    too_long: TooLong = "error",
     progress: bool | Sink | None = None,
     **options: Any,
 ) -> Any:
@@ -455,7 +456,7 @@ def filter(  # noqa: A001 - the operator's common name; the built-in is not used
         Return the decisions instead: one boolean per row, null without an answer.
     name
         The column of the probability, float32, that a frame gets.
-    data, on, model, cache, on_error, nulls, progress, **options
+    data, on, model, cache, on_error, nulls, too_long, progress, **options
         As for :func:`complete`; options are ``system``, ``raw``, ``think``.
 
     Returns
@@ -469,9 +470,8 @@ def filter(  # noqa: A001 - the operator's common name; the built-in is not used
         The call itself is wrong.
     """
     table = read(data)
-    check_too_long(too_long)
     check_share("threshold", threshold)
-    names = table.free_names([name], ("error",), prefix=name, keep=True)
+    names = table.free_names([name], beside_names(("error",), too_long), prefix=name, keep=True)
     asked = make_prompt(prompt, on, table.names, only=table.only, call="filter")
     loaded = resolve(model, Mode.COMPLETION)
     work = ScoreWork("filter", completion_work("filter", options, seed=0), (*YES, *NO))
@@ -483,6 +483,7 @@ def filter(  # noqa: A001 - the operator's common name; the built-in is not used
         expand=lambda content: once(_with_ending(content, "\n\nAnswer Yes or No.")),
         nulls=nulls,
         cache=cache,
+        too_long=too_long,
     )
 
     def build(run: Run, columns: Columns) -> Any:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from nbinfer.frames.outcomes import Columns
     from nbinfer.frames.progress import Sink
-    from nbinfer.frames.run import CacheMode, Nulls, OnError
+    from nbinfer.frames.run import CacheMode, Nulls, OnError, TooLong
     from nbinfer.frames.work import FrameModel
 
 SIDE = ("error", "finish_reason", "prompt_tokens", "cached_tokens", "completion_tokens", "seconds", "source")
@@ -52,20 +52,16 @@ def resolve(model: Any, mode: Mode) -> FrameModel:
     return found
 
 
-def check_too_long(policy: str) -> None:
-    """Refuse a rule for over-long texts that cannot be kept.
+def beside_names(names: Sequence[str], too_long: str) -> tuple[str, ...]:
+    """Return the columns beside the values; where texts may be cut, one says of which rows they were.
 
     Raises
     ------
-    RequestError, NotSupported
-        It is unknown, or needs a tokenizer.
+    RequestError
+        The rule for over-long texts is unknown.
     """
-    choice("too_long", policy, ("error", "head", "tail"))
-    if policy != "error":
-        raise NotSupported(
-            f"too_long={policy!r} needs the engine's tokenizer, which this engine does not offer.\n"
-            "Leave too_long='error': such rows get an error, the others their answers.",
-        )
+    choice("too_long", too_long, ("error", "head", "tail", "middle"))
+    return tuple(names) if too_long == "error" else (*names, "truncated")
 
 
 def side_columns(columns: Columns, names: Sequence[str] = SIDE) -> dict[str, Any]:
@@ -92,9 +88,14 @@ def finish(
     per_row: int = 1,
 ) -> Any:
     """Put a run's columns beside the rows they belong to, with their provenance."""
+    import pyarrow as pa
+
+    rows = positions(columns, table, per_row)
+    if run.truncated is not None and "truncated" in names:
+        beside = {**beside, "truncated": pa.array(run.truncated if rows is None else run.truncated[rows])}
     named = {**values, **{names[column]: array for column, array in beside.items()}}
     info = {**run.info, "columns": list(named)}
-    return table.with_columns(named, keep=keep, rows=positions(columns, table, per_row), info=info)
+    return table.with_columns(named, keep=keep, rows=rows, info=info)
 
 
 def complete(
@@ -111,7 +112,7 @@ def complete(
     cache: CacheMode = True,
     on_error: OnError = "null",
     nulls: Nulls = "skip",
-    too_long: str = "error",
+    too_long: TooLong = "error",
     keep: bool = True,
     progress: bool | Sink | None = None,
     max_tokens: int | None = 256,
@@ -150,6 +151,10 @@ def complete(
     nulls
         A row with a missing value: "skip" it (null, ``finish_reason`` "skipped"), send "empty" text, or
         make it an "error".
+    too_long
+        A row that does not fit the model: "error", or cut the longest of its values in the prompt and keep
+        the "head", the "tail" or both ends ("middle" is cut out), with room for the answer; the column
+        ``truncated`` then says which rows were cut.
     keep
         Whether a frame's own columns stay.
     progress
@@ -210,7 +215,7 @@ def _complete(
     cache: CacheMode = True,
     on_error: OnError = "null",
     nulls: Nulls = "skip",
-    too_long: str = "error",
+    too_long: TooLong = "error",
     keep: bool = True,
     max_tokens: int | None = 256,
     temperature: float = 0.0,
@@ -220,7 +225,6 @@ def _complete(
     import pyarrow as pa
 
     table = read(data)
-    check_too_long(too_long)
     if isinstance(n, bool) or n < 1:
         raise RequestError(f"n={n!r}: it is the number of answers per row, at least 1.")
     if n > 1 and temperature == 0:
@@ -228,7 +232,7 @@ def _complete(
             f"n={n} with temperature=0 would give {n} times the same answer; set temperature=0.7 or so."
         )
     side = (*(("sample",) if n > 1 else ()), *SIDE, *(("mean_logprob", "logprobs") if logprobs else ()))
-    names = table.free_names([name], side, prefix=name, keep=keep)
+    names = table.free_names([name], beside_names(side, too_long), prefix=name, keep=keep)
     asked = make_prompt(prompt, on, table.names, only=table.only, call="complete")
     loaded = resolve(model, Mode.COMPLETION)
     params = {
@@ -262,6 +266,7 @@ def _complete(
         seed=seed if temperature > 0 else 0,
         nulls=nulls,
         cache=cache,
+        too_long=too_long,
     )
     advice = asked.advice if isinstance(asked, Template) and table.rows >= _ADVISE_ROWS else None
     return Run(plan, build, params={**params, "n": n, "name": name}, on_error=on_error, advice=advice)
@@ -368,7 +373,7 @@ def embed(
     cache: CacheMode = True,
     on_error: OnError = "null",
     nulls: Nulls = "skip",
-    too_long: str = "error",
+    too_long: TooLong = "error",
     keep: bool = True,
     progress: bool | Sink | None = None,
 ) -> Any:
@@ -376,7 +381,7 @@ def embed(
 
     Parameters
     ----------
-    data, prompt, on, name, model, cache, on_error, nulls, keep, progress
+    data, prompt, on, name, model, cache, on_error, nulls, too_long, keep, progress
         As for :func:`complete`.
     kind
         "query" or "document" adds the prefix that some models were trained with; the provenance records it.
@@ -427,14 +432,12 @@ def _embed(
     cache: CacheMode = True,
     on_error: OnError = "null",
     nulls: Nulls = "skip",
-    too_long: str = "error",
+    too_long: TooLong = "error",
     keep: bool = True,
 ) -> Run:
     table = read(data)
-    check_too_long(too_long)
     choice("kind", kind, (None, "query", "document"))
-    side = ("n_tokens", "error")
-    names = table.free_names([name], side, prefix=name, keep=keep)
+    names = table.free_names([name], beside_names(("n_tokens", "error"), too_long), prefix=name, keep=keep)
     asked = make_prompt(prompt, on, table.names, only=table.only, call="embed")
     loaded = resolve(model, Mode.EMBEDDING)
     size = loaded.info.dimensions
@@ -447,7 +450,7 @@ def _embed(
         values = {name: columns.vectors(dims or size)}
         return finish(table, run, columns, values, beside, names=names, keep=keep)
 
-    plan = make_plan(table, asked, work, loaded, expand=_text, nulls=nulls, cache=cache)
+    plan = make_plan(table, asked, work, loaded, expand=_text, nulls=nulls, cache=cache, too_long=too_long)
     params = {"normalize": normalize, "dims": dims, "kind": kind, "prefix": work.prefix, "name": name}
     return Run(plan, build, params=params, on_error=on_error)
 

@@ -266,6 +266,79 @@ class Jinja:
         return self._template.render(dict(zip(self._fields, values, strict=True)))
 
 
+class Trimmed:
+    """A prompt whose longest value is cut until the whole fits.
+
+    Only the row's own text is cut, never the template around it.
+
+    Parameters
+    ----------
+    prompt
+        A :class:`Template` or :class:`Column`.
+    fits
+        Whether what a prompt rendered fits the model.
+    policy
+        What stays: the "head", the "tail", or both ends ("middle" is cut out).
+
+    Attributes
+    ----------
+    cut
+        Whether the last row rendered was cut.
+    """
+
+    takes_null = False
+
+    def __init__(self, prompt: Prompt, fits: Callable[[Any], bool], policy: str) -> None:
+        if prompt.takes_null:
+            raise RequestError(
+                f"too_long={policy!r} cuts a column's text, and a function or Jinja template hides which.\n"
+                "Use a template such as 'Summarise: {text}' or on='column'.",
+            )
+        self._prompt = prompt
+        self._fits = fits
+        self._policy = policy
+        self.columns = prompt.columns
+        self.source = prompt.source
+        self.cut = False
+
+    def render(self, values: Sequence[Any]) -> Content | None:
+        """Return what is asked, cut to the longest that fits."""
+        content = self._prompt.render(values)
+        self.cut = False
+        texts = [i for i, value in enumerate(values) if isinstance(value, str)]
+        if content is None or not texts or self._fits(content):
+            return content
+        longest = max(texts, key=lambda i: len(values[i]))
+        text: str = values[longest]
+
+        def shortened(length: int) -> Content | None:
+            kept = _keep(text, length, self._policy)
+            return self._prompt.render([kept if i == longest else v for i, v in enumerate(values)])
+
+        # The longest that fits, to the character: fewer characters never have more tokens by much.
+        fits, too_many = 0, len(text)
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if self._fits(shortened(middle)):
+                fits = middle
+            else:
+                too_many = middle
+        # Where nothing of the text fits, the rest is too long by itself: that is the row's error.
+        if fits == 0:
+            return content
+        self.cut = True
+        return shortened(fits)
+
+
+def _keep(text: str, length: int, policy: str) -> str:
+    if policy == "head":
+        return text[:length]
+    if policy == "tail":
+        return text[len(text) - length :]
+    head = (length + 1) // 2
+    return text[:head] + " … " + text[len(text) - (length - head) :]
+
+
 def jinja(text: str) -> Jinja:
     """Make a Jinja prompt for :func:`nbinfer.complete` and its siblings.
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from nbinfer.contract.errors import RequestError
 from nbinfer.contract.modes import Mode
-from nbinfer.frames.operators import check_too_long, resolve
+from nbinfer.frames.operators import resolve
 from nbinfer.frames.progress import make_sink
 from nbinfer.frames.prompts import make_prompt
 from nbinfer.frames.run import Run, make_plan, remember
@@ -60,7 +60,6 @@ def rerank(
     cache: CacheMode = True,
     on_error: OnError = "null",
     nulls: Nulls = "skip",
-    too_long: str = "error",
     keep: bool = True,
     progress: bool | Sink | None = None,
 ) -> Any:
@@ -97,7 +96,6 @@ def rerank(
         The call itself is wrong.
     """
     table = read(docs)
-    check_too_long(too_long)
     if not isinstance(query, str):
         raise RequestError(
             f"query is {type(query).__name__}: it is a text, or the name of a column of queries."

@@ -36,7 +36,7 @@ from nbinfer.frames import outcomes as oc
 from nbinfer.frames.journal import KEY_VERSION, Journal, JournalError, Keys, open_journal
 from nbinfer.frames.outcomes import Columns, Outcomes
 from nbinfer.frames.progress import JupyterSink, Progress, QuietSink, Sink
-from nbinfer.frames.prompts import NullField
+from nbinfer.frames.prompts import NullField, Trimmed
 from nbinfer.frames.work import plain, weights
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 CacheMode: TypeAlias = bool | Literal["refresh"]
 OnError: TypeAlias = Literal["null", "raise", "stop"]
 Nulls: TypeAlias = Literal["skip", "empty", "error"]
+TooLong: TypeAlias = Literal["error", "head", "tail", "middle"]
 
 Expand: TypeAlias = "Callable[[Any], list[tuple[Any, int]]]"
 """From what a row's prompt rendered to the row's questions, each with the number of its sample."""
@@ -94,6 +95,8 @@ class Plan:
     per_row: int = 1
     seed: int | None = 0
     journal: Journal | None = None
+    truncated: NDArray[np.bool_] | None = None
+    """Which input rows were cut to fit; None when none may be."""
     rows_of: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -131,6 +134,7 @@ def make_plan(
     seed: int | None = 0,
     nulls: Nulls = "skip",
     cache: CacheMode = True,
+    too_long: TooLong = "error",
 ) -> Plan:
     """Render every row and find out which jobs have to run.
 
@@ -142,7 +146,19 @@ def make_plan(
         How many questions that are.
     seed
         None: nothing is repeatable, so that neither journal nor duplicates are used.
+    too_long
+        "error", or what stays of the longest value of a row that does not fit.
+
+    Raises
+    ------
+    NotSupported
+        Rows are to be cut, and the engine cannot count tokens.
     """
+    if too_long != "error":
+        engine = model.engine
+        prompt = Trimmed(
+            prompt, lambda content: all(work.fits(engine, c) for c, _ in expand(content)), too_long
+        )
     choice("nulls", nulls, ("skip", "empty", "error"))
     choice("cache", cache, (True, False, "refresh"))
     planner = _Planner(
@@ -168,6 +184,7 @@ def make_plan(
         per_row=per_row,
         seed=seed,
         journal=journal,
+        truncated=None if too_long == "error" else planner.truncated(table.rows),
     )
 
 
@@ -197,6 +214,13 @@ class _Planner:
         self._nulls = nulls
         self._seen: dict[bytes, int] = {}
         self._skipped: int | None = None
+        self._cut: list[int] = []
+
+    def truncated(self, rows: int) -> NDArray[np.bool_]:
+        """Return which of the rows were cut to fit."""
+        out = np.zeros(rows, bool)
+        out[self._cut] = True
+        return out
 
     def add_rows(self, start: int, rows: Iterator[Sequence[Any]]) -> dict[bytes, int]:
         """Add rows; return the keys that were not there before, with their jobs."""
@@ -206,6 +230,8 @@ class _Planner:
         for row, values in enumerate(rows, start=start):
             try:
                 questions = self._questions(row, values)
+            except NotSupported:
+                raise
             except Exception as error:  # noqa: BLE001 - a row that cannot be rendered is that row's error
                 failed[following] = describe(error)
                 self.row_job.extend([following] * self._per_row)
@@ -236,6 +262,8 @@ class _Planner:
         content = _content(self._prompt, values, self._nulls)
         if content is None:
             return []
+        if isinstance(self._prompt, Trimmed) and self._prompt.cut:
+            self._cut.append(row)
         key = self._keys_of.key
         if self._seed is None:
             # Without a seed no two answers are the same question: the row becomes part of it.
@@ -303,6 +331,9 @@ class Run:
             self.progress.notes.append(advice)
         if plan.journal is None and plan.seed is not None and not weights(plan.model):
             self.progress.notes.append("results are not kept: the engine does not say which weights it runs.")
+        cut = 0 if plan.truncated is None else int(plan.truncated.sum())
+        if cut:
+            self.progress.notes.append(f"{cut} of {plan.table.rows} rows were cut to fit the model.")
         self._count_known()
 
     def _count_known(self) -> None:
@@ -387,6 +418,11 @@ class Run:
         """Return all rows with the results there are so far; rows not reached yet are null."""
         return self._build(self, self.columns())
 
+    @property
+    def truncated(self) -> NDArray[np.bool_] | None:
+        """Which input rows were cut to fit; None when none may be."""
+        return self._plan.truncated
+
     def columns(self) -> Columns:
         """Return what there is so far as Arrow columns, the raw material of :meth:`frame`."""
         with self._lock:
@@ -419,6 +455,7 @@ class Run:
             per_row=old.per_row,
             seed=old.seed,
             journal=old.journal,
+            truncated=old.truncated,
         )
         again = Run(plan, self._build, params=self._params, on_error=self._on_error)
         remember(again)

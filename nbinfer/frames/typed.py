@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nbinfer.contract.errors import RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.schemas import Schema
-from nbinfer.frames.operators import check_too_long, completion_work, finish, resolve, side_columns
+from nbinfer.frames.operators import beside_names, completion_work, finish, resolve, side_columns
 from nbinfer.frames.progress import make_sink
 from nbinfer.frames.prompts import make_prompt
 from nbinfer.frames.run import Run, make_plan, remember
@@ -18,7 +18,7 @@ from nbinfer.frames.tables import read
 if TYPE_CHECKING:
     from nbinfer.frames.outcomes import Columns
     from nbinfer.frames.progress import Sink
-    from nbinfer.frames.run import CacheMode, Nulls, OnError
+    from nbinfer.frames.run import CacheMode, Nulls, OnError, TooLong
     from nbinfer.frames.shapes import Field
 
 SIDE = (
@@ -44,7 +44,7 @@ def extract(
     cache: CacheMode = True,
     on_error: OnError = "null",
     nulls: Nulls = "skip",
-    too_long: str = "error",
+    too_long: TooLong = "error",
     keep: bool = True,
     progress: bool | Sink | None = None,
     max_tokens: int | None = 512,
@@ -64,7 +64,9 @@ def extract(
         schema's fields and shows the schema.
     name
         What the columns beside the fields are prefixed with where their names are taken.
-    data, on, model, cache, on_error, nulls, keep, progress, max_tokens, temperature, seed, **options
+    data, on, model, cache, on_error, nulls, too_long, keep, progress
+        As for :func:`complete`.
+    max_tokens, temperature, seed, **options
         As for :func:`complete`.
 
     Returns
@@ -110,7 +112,7 @@ def plan_extract(
     cache: CacheMode = True,
     on_error: OnError = "null",
     nulls: Nulls = "skip",
-    too_long: str = "error",
+    too_long: TooLong = "error",
     keep: bool = True,
     max_tokens: int | None = 512,
     temperature: float = 0.0,
@@ -119,14 +121,13 @@ def plan_extract(
 ) -> Run:
     """Return the run that :func:`extract` waits for."""
     table = read(data)
-    check_too_long(too_long)
     taken = sorted({"choices", "regex", "grammar", "json"} & options.keys())
     if taken:
         raise RequestError(f"extract: the schema is the rule for the answers; {taken[0]} is a second one.")
     made = Schema(schema)
     shape = Shape(made.json_schema)
     fields = [field.name for field in shape.fields]
-    names = table.free_names(fields, SIDE, prefix=name, keep=keep)
+    names = table.free_names(fields, beside_names(SIDE, too_long), prefix=name, keep=keep)
     asked = make_prompt(
         prompt, on, table.names, only=table.only, default=_default_prompt(made), call="extract"
     )
@@ -144,7 +145,14 @@ def plan_extract(
         return finish(table, run, columns, values, side_columns(columns, SIDE), names=names, keep=keep)
 
     plan = make_plan(
-        table, asked, work, loaded, seed=seed if temperature > 0 else 0, nulls=nulls, cache=cache
+        table,
+        asked,
+        work,
+        loaded,
+        seed=seed if temperature > 0 else 0,
+        nulls=nulls,
+        cache=cache,
+        too_long=too_long,
     )
     return Run(plan, build, params={**params, "schema": made.json_schema, "name": name}, on_error=on_error)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from nbinfer.contract.errors import ContextOverflow, EngineError, SchemaError
+from nbinfer.contract.errors import ContextOverflow, EngineError, NbinferError, NotSupported, SchemaError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest, RerankRequest, Sampling
 from nbinfer.frames.outcomes import Record
@@ -90,6 +90,16 @@ class Work(Protocol):
 
     def refuse(self, engine: Engine, content: Any) -> ContextOverflow | None:
         """Return the error of a content that cannot fit, before anything is computed."""
+        ...
+
+    def fits(self, engine: Engine, content: Any) -> bool:
+        """Whether a content fits the model, with room for an answer.
+
+        Raises
+        ------
+        NotSupported
+            The engine cannot count tokens.
+        """
         ...
 
     def request(self, contents: Sequence[Any], seeds: Sequence[int | None]) -> Request:
@@ -210,10 +220,12 @@ class CompletionWork:
     def refuse(self, engine: Engine, content: Any) -> ContextOverflow | None:
         """Return the error of a content that cannot fit, before anything is computed."""
         size = engine.info.context_size
-        # A token is at least one byte of text, so only texts near or above the context need counting.
-        if len(self.order(content).encode("utf-8", "replace")) < size // 2:
+        if self._surely_short(content, size):
             return None
-        _, tokens = engine.render(self.request([content], [None]))
+        try:
+            _, tokens = engine.render(self.request([content], [None]))
+        except NbinferError:  # what is wrong with the row will be said when it is submitted
+            return None
         if tokens < size:
             return None
         return ContextOverflow(
@@ -221,6 +233,16 @@ class CompletionWork:
             prompt_tokens=tokens,
             context_size=size,
         )
+
+    def _surely_short(self, content: Any, tokens: int) -> bool:
+        # A token is at least one byte of text, so only texts near or above the context need counting.
+        return len(self.order(content).encode("utf-8", "replace")) < tokens // 2
+
+    def fits(self, engine: Engine, content: Any) -> bool:
+        """Whether a content fits the model, with room for an answer."""
+        size = engine.info.context_size
+        room = size - min(self.base.max_tokens or size // 4, size // 2)
+        return self._surely_short(content, room) or engine.render(self.request([content], [None]))[1] <= room
 
     def request(self, contents: Sequence[Any], seeds: Sequence[int | None]) -> CompletionRequest:
         """Return the request for these contents."""
@@ -350,6 +372,17 @@ class EmbeddingWork:
         """Return the error of a content that cannot fit, before anything is computed."""
         del engine, content
 
+    def fits(self, engine: Engine, content: Any) -> bool:
+        """Whether a content fits the model."""
+        size = engine.info.context_size
+        text = self.prefix + str(content)
+        if len(text.encode("utf-8", "replace")) < size // 2:
+            return True
+        tokenize = getattr(engine, "tokenize", None)
+        if tokenize is None:
+            raise NotSupported("this engine does not count tokens, so that over-long texts cannot be cut.")
+        return len(tokenize(text, special=False)) <= size
+
     def request(self, contents: Sequence[Any], seeds: Sequence[int | None]) -> EmbeddingRequest:
         """Return the request for these contents."""
         del seeds
@@ -405,6 +438,11 @@ class RerankWork:
     def refuse(self, engine: Engine, content: Any) -> None:
         """Return the error of a content that cannot fit, before anything is computed."""
         del engine, content
+
+    def fits(self, engine: Engine, content: Any) -> bool:
+        """Raise: how a pair becomes tokens is the model's own business."""
+        del content
+        raise NotSupported(f"{engine.info.model} cannot say how long a pair is; use too_long='error'.")
 
     def request(self, contents: Sequence[Any], seeds: Sequence[int | None]) -> RerankRequest:
         """Return the request for these contents."""

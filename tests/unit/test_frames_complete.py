@@ -248,7 +248,7 @@ def test_options_reach_every_request() -> None:
         {"cache": "yes"},
         {"cache": 1},
         {"n": 0},
-        {"too_long": "middle"},
+        {"too_long": "cut"},
         {"choices": []},
         {"progress": "yes"},
     ],
