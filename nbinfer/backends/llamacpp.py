@@ -112,6 +112,8 @@ def flag_options(flags: Sequence[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     while items:
         flag, joined, value = items.pop(0).partition("=")
+        if flag not in _FLAGS:
+            raise ConfigError(f"runtime-flags: {flag!r:.60} follows a flag that takes no value.")
         option, read = _FLAGS[flag]
         if read is None:
             options[option] = False

@@ -377,6 +377,8 @@ class TemplateBody(Body):
 
 def _seed(seed: int) -> int | None:
     # OpenAI's seeds are 64 bits and may be negative; llama.cpp's habit is -1 for a random one.
+    if not -(2**63) <= seed < 2**64:
+        raise RequestError("seed is out of range: it must be a whole number of 64 bits.")
     return None if seed == -1 else seed % 2**32
 
 
