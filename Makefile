@@ -47,7 +47,7 @@ $(VENV)/.run: $(VENV)/.python pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(PIP) install --quiet --editable '.[all]' --group lint --group test
+	$(PIP) install --quiet --editable '.[all]' --group lint --group test --group browser
 	touch $@
 
 $(VENV)/.lab: $(VENV)/.run

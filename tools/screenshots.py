@@ -37,6 +37,8 @@ FLAGS = [
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--disable-background-networking",
+    # A process per frame is more than a test's machine has.
+    "--disable-features=IsolateSandboxedIframes",
     # Whatever a page asks of another machine is noted, and goes nowhere.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
@@ -51,7 +53,8 @@ RUN_ALL = """async () => { await window.jupyterapp.commands.execute('notebook:ru
 STATE = """() => { const cells = window.jupyterapp.shell.currentWidget.content.model.cells; const out = [];
   for (let i = 0; i < cells.length; i++) { const c = cells.get(i); if (c.type === 'code') {
     const outputs = c.outputs.toJSON();
-    out.push([c.executionCount, outputs.some(o => o.output_type === 'error')]); } } return out; }"""
+    const error = outputs.find(o => o.output_type === 'error');
+    out.push([c.executionCount, error ? `${error.ename}: ${error.evalue}` : '']); } } return out; }"""
 THEME = """async theme => { await window.jupyterapp.commands.execute('apputils:change-theme', {theme}); }"""
 
 
@@ -108,9 +111,9 @@ def wait_until_run(page: Page, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         states = page.evaluate(STATE)
-        if any(failed for _, failed in states):
-            page.screenshot(path="screenshots-failure.png")
-            raise SystemExit("a cell failed: see screenshots-failure.png")
+        failed = [error for _, error in states if error]
+        if failed:
+            raise SystemExit(f"a cell failed: {failed[0]}")
         if all(count for count, _ in states):
             return
         page.wait_for_timeout(300)

@@ -23,10 +23,12 @@ SHOTS = Path(__file__).parents[2] / "build" / "browser"
 
 _SETTINGS = "config/lab/user-settings/@jupyterlab"
 # All outputs are in the page at once, not only those near the part that is on screen.
-_ALL_CELLS = '{"windowingMode": "none", "autoStartDefaultKernel": true}'
+_ALL_CELLS = '{"windowingMode": "none", "maxNumberOutputs": 10000, "autoStartDefaultKernel": true}'
 
 _RUN_CELL = """async i => { const w = window.jupyterapp.shell.currentWidget; w.content.activeCellIndex = i;
   await window.jupyterapp.commands.execute('notebook:run-cell'); }"""
+_TO_TOP = """() => { const outer = document.querySelector('.jp-WindowedPanel-outer, .jp-Notebook');
+  for (let e = outer; e; e = e.parentElement) e.scrollTop = 0; }"""
 _SAVE = "async () => { await window.jupyterapp.commands.execute('docmanager:save'); }"
 
 
@@ -50,6 +52,8 @@ class Tab:
         Errors of the console, and exceptions that nobody caught.
     strays
         Addresses beyond this machine that the page asked for, and windows or dialogs that it opened.
+    blocked
+        Addresses that the browser refused to ask for, because the page's own policy forbids it.
     """
 
     page: Any
@@ -57,12 +61,14 @@ class Tab:
     name: str
     errors: list[str] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)
+    blocked: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         page = self.page
         page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("request", lambda request: self._asked(request.url))
+        page.on("requestfailed", self._failed)
         page.on("websocket", lambda socket: self._asked(socket.url))
         page.on("popup", lambda popup: self.strays.append(f"window {popup.url}"))
         page.on("dialog", self._dialog)
@@ -71,6 +77,12 @@ class Tab:
         own = self.address.removeprefix("http")
         if not url.startswith((f"http{own}/", f"ws{own}/", "data:", "blob:", "about:")):
             self.strays.append(url)
+
+    def _failed(self, request: Any) -> None:
+        # The browser itself refused, by the policy or the origin of the page: nothing was sent.
+        if request.failure in ("csp", "origin") and request.url in self.strays:
+            self.strays.remove(request.url)
+            self.blocked.append(request.url)
 
     def _dialog(self, dialog: Any) -> None:
         self.strays.append(f"dialog {dialog.message}")
@@ -111,6 +123,8 @@ class Tab:
         """Keep a picture of the page."""
         SHOTS.mkdir(parents=True, exist_ok=True)
         path = SHOTS / f"{name}.png"
+        self.page.evaluate(_TO_TOP)
+        self.page.wait_for_timeout(300)
         self.page.screenshot(path=path)
         return path
 
