@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from perf_model import Shape, write_perf_model
 
-from nbinfer.engines.llamacpp import library as rooms
 from nbinfer.engines.llamacpp.library import library, may_rearrange_weights
+from nbinfer.memory.probe import amx
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +31,9 @@ def test_weights_are_rearranged_only_where_amx_is_kept_out() -> None:
     library()
     allowed = may_rearrange_weights()
     if b"AMX_INT8 = 1" in library().llama_print_system_info():
-        assert allowed == ("AMX" not in rooms._weight_layouts(library()))
+        bound = library()._lib
+        layouts = amx._weight_layouts(ctypes.CDLL(bound._name, handle=bound._handle))
+        assert allowed == ("AMX" not in layouts)
     else:
         assert allowed
 

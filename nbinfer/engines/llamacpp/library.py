@@ -11,14 +11,13 @@ import ctypes
 import os
 import threading
 from collections import deque
-from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from nbinfer.contract.errors import BackendUnavailable
+from nbinfer.memory.probe.amx import may_rearrange
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from types import ModuleType
 
 INSTALL = "pip install 'nbinfer[llamacpp]'"
@@ -111,73 +110,9 @@ def library() -> ModuleType:
 
 @cache
 def may_rearrange_weights() -> bool:
-    """Whether llama.cpp may store quantised weights in the order its fast CPU kernels want.
-
-    Builds for processors with AMX end the process with a general protection fault at the first batch: GCC 12
-    drops most of the stores to the tile configuration. There AMX is kept out of this process, so that the
-    other kernels (one and a half times the speed of plain ones on 4-bit weights) can be used all the same;
-    where that fails, weights stay as they are in the file.
-    """
-    lib = library()
-    if b"AMX_INT8 = 1" not in lib.llama_print_system_info():
-        return True
-    with _without_amx():
-        try:
-            return "AMX" not in _weight_layouts(lib)
-        except AttributeError:  # a build whose CPU backend is found in another way
-            return False
-
-
-class _SignalStack(ctypes.Structure):
-    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
-
-
-@contextmanager
-def _without_amx() -> Iterator[None]:
-    """While this lasts, Linux refuses AMX to the process: a signal stack is too small for its registers.
-
-    llama.cpp asks once, when it first lists its weight layouts, and says on stderr that it was refused.
-    """
-    libc = ctypes.CDLL(None)
-    room = ctypes.create_string_buffer(4096)  # AMX needs more than 8 KiB
-    small, before = _SignalStack(ctypes.addressof(room), 0, len(room)), _SignalStack()
-    if libc.sigaltstack(ctypes.byref(small), ctypes.byref(before)) != 0:
-        yield
-        return
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nowhere)
-        libc.sigaltstack(ctypes.byref(before), None)
-
-
-def _weight_layouts(lib: ModuleType) -> list[str]:
-    """Names of the weight layouts of llama.cpp's CPU backend, beside the file's own."""
-    bound = lib._lib  # noqa: SLF001 - the one handle that is sure to be the library in use
-    ggml = ctypes.CDLL(bound._name, handle=bound._handle)  # noqa: SLF001
-
-    def call(name: str, result: Any, *arguments: Any) -> Any:
-        function = ggml[name]
-        function.restype = result
-        return function(*arguments)
-
-    registry = ctypes.c_void_p(call("ggml_backend_cpu_reg", ctypes.c_void_p))
-    device = ctypes.c_void_p(call("ggml_backend_reg_dev_get", ctypes.c_void_p, registry, ctypes.c_size_t(0)))
-    address = call(
-        "ggml_backend_reg_get_proc_address", ctypes.c_void_p, registry, b"ggml_backend_dev_get_extra_bufts"
-    )
-    if not address:
-        return []
-    layouts = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)(device)
-    names: list[str] = []
-    while layouts[len(names)]:
-        layout = ctypes.c_void_p(layouts[len(names)])
-        names.append(call("ggml_backend_buft_name", ctypes.c_char_p, layout).decode())
-    return names
+    """Whether weights may be rearranged for fast CPU kernels; see :mod:`nbinfer.memory.probe.amx`."""
+    bound = library()._lib  # noqa: SLF001 - the one handle that is sure to be the library in use
+    return may_rearrange(ctypes.CDLL(bound._name, handle=bound._handle))  # noqa: SLF001
 
 
 @cache

@@ -26,6 +26,7 @@ import tempfile
 from typing import Any
 
 from nbinfer.memory.probe import abi
+from nbinfer.memory.probe.amx import may_rearrange
 from nbinfer.memory.probe.pretend import Pretender
 
 _WARNING_LEVEL = 3
@@ -46,6 +47,7 @@ class Worker:
         self._on_log = abi.LogCallback(self._collect)
         self.library.llama_log_set(self._on_log, None)
         self.library.llama_backend_init()
+        self._may_rearrange = may_rearrange(self.library)
         self.pretender = Pretender(self.library)
         self._file: Any = None
         self._path = ""
@@ -106,7 +108,7 @@ class Worker:
     def _flash_attention(self, asked: int) -> bool:
         if asked >= 0:
             return asked > 0
-        return any("Flash Attention enabled" in text for _, text in self.log)
+        return not any("Flash Attention not supported" in text for _, text in self.log)
 
     def devices(self) -> list[dict[str, Any]]:
         """Return ggml's own devices: name, description, type, free and total bytes."""
@@ -143,6 +145,7 @@ class Worker:
         params = self.library.llama_model_default_params()
         params.no_alloc = True
         params.load_mode = abi.LOAD_MODE_NONE
+        params.use_extra_bufts = self._may_rearrange
         fields = dict(model)
         overrides = fields.pop("experts_on_cpu", [])
         split = fields.pop("tensor_split", None)
