@@ -84,8 +84,9 @@ def test_many_streaming_clients_at_once_get_whole_answers_in_flat_memory(shared:
     first, answers = asyncio.run(_clients(shared, SECONDS))
     assert answers >= CLIENTS
     p50, p99 = np.percentile(first, [50, 99])
-    print(
-        f"\n{CLIENTS} clients, {answers} answers in {SECONDS:g} s: first token p50 {p50:.3f} s, p99 {p99:.3f} s"
+    sys.stdout.write(
+        f"\n{CLIENTS} clients, {answers} answers in {SECONDS:g} s: "
+        f"first token p50 {p50:.3f} s, p99 {p99:.3f} s\n"
     )
     for pid, size in before.items():
         assert rss(pid) - size < 30 * MIB
