@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import random
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Self
