@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from nbinfer.contract import rendering
 from nbinfer.contract.errors import (
     ConfigError,
     ModelNotFound,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+    from nbinfer.contract.rendering import Bundle
     from nbinfer.contract.requests import Message, Request
     from nbinfer.contract.results import Event
     from nbinfer.contract.schemas import Schema
@@ -363,6 +365,10 @@ class Model:
     def __repr__(self) -> str:
         size = f"context {self.info.context_size:,}"
         return f"<Model {self.name} ({self.mode}, {self.backend}, {self.where}, {size})>"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Bundle:
+        del include, exclude
+        return rendering.mimebundle(self)
 
     def __enter__(self) -> Self:
         return self

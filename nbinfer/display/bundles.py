@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def mimebundle(value: Any) -> Bundle:
-    """Return (data, metadata) for a result, a DataFrame or a list of row dicts; else plain text.
+    """Return (data, metadata) for a result, a model, a DataFrame or a list of row dicts; else plain text.
 
     This is the renderer to hand to :func:`nbinfer.contract.rendering.register`.
     """
@@ -19,6 +19,12 @@ def mimebundle(value: Any) -> Bundle:
         from nbinfer.display.result import result_bundle
 
         return result_bundle(value)
+    from nbinfer.session import Model
+
+    if isinstance(value, Model):
+        from nbinfer.display.model import model_bundle
+
+        return model_bundle(value)
     from nbinfer.display.frame import badges_html, frame_bundle
     from nbinfer.display.text import printable
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from nbinfer.contract.units import human_bytes
 from nbinfer.display.style import page
 from nbinfer.display.text import escape, printable
 
@@ -31,18 +32,6 @@ def badge(status: str) -> str:
     word, _, detail = status.partition(": ")
     shown = f'<span class="nbinfer-badge nbinfer-{_KINDS.get(word, "off")}">{escape(word)}</span>'
     return f"{shown} {escape(detail)}" if detail else shown
-
-
-def human_bytes(count: float) -> str:
-    """Return a number of bytes in binary units: ``3.2 GiB``."""
-    size, step = float(count), 1024.0
-    if abs(size) < step:
-        return f"{size:.0f} B"
-    units = ["KiB", "MiB", "GiB", "TiB"]
-    # 1023.9 would be written as 1.02e+03.
-    while abs(size := size / step) >= 1000 and len(units) > 1:  # noqa: PLR2004 - four digits
-        units.pop(0)
-    return f"{size:.3g} {units[0]}"
 
 
 def badges_html(rows: Iterable[Mapping[str, Any]]) -> str:

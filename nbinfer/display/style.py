@@ -22,19 +22,22 @@ COLOURS = {
     "off": ("--jp-border-color1", "#808080"),
 }
 
-_TINT = "var(--jp-layout-color2,rgba(128,128,128,.12))"
+_TINT = "var(--jp-cell-editor-background,rgba(128,128,128,.12))"
 _LINE = "var(--jp-border-color2,rgba(128,128,128,.4))"
 _BASE = {
     "": "color:var(--jp-content-font-color1,inherit);font-family:var(--jp-content-font-family,inherit)",
+    # The distance to what follows is that of the parts, not that of their last paragraph.
+    " div>:last-child": "margin-bottom:0",
+    " div>:first-child": "margin-top:0",
     " h1": "font-size:1.4em",
     " h2": "font-size:1.25em",
     " h3": "font-size:1.1em",
     " pre": f"background:{_TINT};padding:.5em .8em;overflow:auto;white-space:pre;line-height:1.35",
-    " code": "font-family:var(--jp-code-font-family,monospace);font-size:.92em;color:inherit",
+    " code": "font-family:var(--jp-code-font-family,monospace);font-size:.92em;color:inherit;background:none",
     " :not(pre)>code": f"background:{_TINT};padding:0 .25em",
     " blockquote": f"border-left:3px solid {_LINE};margin-left:0;padding-left:1em",
     " table": "border-collapse:collapse;font-size:inherit;margin:.3em 0",
-    " th,.nbinfer td": f"border:1px solid {_LINE};padding:.2em .6em;text-align:left;color:inherit",
+    " th,.nbinfer.nbinfer td": f"border:1px solid {_LINE};padding:.2em .6em;text-align:left;color:inherit",
     " summary": "cursor:pointer;font-size:.85em",
     " details>div": f"border-left:3px solid {_LINE};padding-left:1em;font-size:.92em",
     "-foot": "font-size:.8em;margin-top:.4em;opacity:.85",
@@ -44,7 +47,11 @@ _BASE = {
 
 
 def _sheet() -> str:
-    rules = [f".nbinfer{selector}{{{body}}}" for selector, body in _BASE.items()]
+    # Twice the class, because a front end's own rules for what is inside an output count for more than one.
+    rules = [
+        f".nbinfer{'.nbinfer' if selector[:1] == ' ' else ''}{selector}{{{body}}}"
+        for selector, body in _BASE.items()
+    ]
     for name, (variable, fallback) in COLOURS.items():
         # A badge's words keep the text colour: theme colours for "warning" cannot be read on white.
         what = "border-color" if len(name) > 1 else "color"
