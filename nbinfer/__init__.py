@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         stream,
         unload,
     )
+    from nbinfer.widgets import memory_bar, monitor, panel, status_badge
 
 _NAMES = {
     **dict.fromkeys(
@@ -94,6 +95,7 @@ _NAMES = {
         ),
         "nbinfer.frames",
     ),
+    **dict.fromkeys(("memory_bar", "monitor", "panel", "status_badge"), "nbinfer.widgets"),
     "estimate": "nbinfer.memory",
     "Result": "nbinfer.contract.results",
     "NbinferError": "nbinfer.contract.errors",
@@ -124,12 +126,16 @@ __all__ = [
     "load",
     "load_ipython_extension",
     "loaded",
+    "memory_bar",
     "models",
+    "monitor",
+    "panel",
     "ps",
     "rerank",
     "settings",
     "similar",
     "status",
+    "status_badge",
     "stream",
     "submit",
     "unload",

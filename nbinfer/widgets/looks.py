@@ -1,0 +1,248 @@
+"""What there is to see: loaded models, requests, backends and files, each as a part of the state."""
+
+from __future__ import annotations
+
+import sys
+import time
+import weakref
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from nbinfer import session
+from nbinfer.contract.errors import NbinferError
+from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest, RerankRequest
+from nbinfer.contract.units import human_bytes
+from nbinfer.widgets import words
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nbinfer.models.stores import FoundModel
+    from nbinfer.session import Model, Running
+    from nbinfer.widgets.state import Row
+
+
+class Rates:
+    """Tokens per second of each model, from how far it came between two looks."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last: weakref.WeakKeyDictionary[Model, tuple[float, int]] = weakref.WeakKeyDictionary()
+
+    def of(self, model: Model, generated: int) -> float:
+        """Return the rate since the last look, 0 at the first."""
+        now = self._clock()
+        then, before = self._last.get(model, (now, generated))
+        self._last[model] = now, generated
+        return max(0, generated - before) / (now - then) if now > then else 0.0
+
+
+def loaded(rates: Rates) -> Row:
+    """Return the loaded models."""
+    return {"rows": [_model_row(model, rates) for model in session.loaded()]}
+
+
+def _model_row(model: Model, rates: Rates) -> Row:
+    try:
+        info, now = model.info, model.engine.load()
+    except NbinferError as error:  # it was closed a moment ago, or its process is gone
+        return {**_EMPTY_ROW, "name": model.name, "mode": str(model.mode), "queue": words.short(str(error))}
+    rate = rates.of(model, now.tokens_generated)
+    busy = now.running > 0 or now.waiting > 0
+    queue = f"{now.running} running, {now.waiting} waiting" if busy else "idle"
+    # What one request may hold times the requests at once; engines that share one cache say less in use.
+    room = max(info.context_size, now.context_used)
+    return {
+        "name": model.name,
+        "mode": str(model.mode),
+        "where": f"{model.backend}, {_where(model)}",
+        "context": f"{now.context_used:,} of {words.tokens(room)}",
+        "context_used": now.context_used,
+        "context_size": room,
+        "rate": f"{rate:,.0f} tokens/s" if rate else "",
+        "queue": queue,
+        "busy": busy,
+        "memory": _memory(model),
+        "keep": _keep(model),
+    }
+
+
+_EMPTY_ROW: Row = {
+    "name": "",
+    "mode": "",
+    "where": "",
+    "context": "",
+    "context_used": 0,
+    "context_size": 0,
+    "rate": "",
+    "queue": "",
+    "busy": False,
+    "memory": "",
+    "keep": "",
+}
+
+
+def _where(model: Model) -> str:
+    return {"kernel": "in this kernel", "sidecar": "in the sidecar"}.get(model.where, model.where)
+
+
+def _memory(model: Model) -> str:
+    parts = []
+    estimated = getattr(model.memory, "required", None)
+    if estimated is not None:
+        parts.append(f"estimated {human_bytes(estimated.ram + estimated.total_vram)}")
+    measured = model.info.effective.get("memory_bytes")
+    if isinstance(measured, int):
+        parts.append(f"measured {human_bytes(measured)}")
+    return ", ".join(parts)
+
+
+def _keep(model: Model) -> str:
+    if model.unload_at is None:
+        return "stays loaded"
+    return f"unloads in {words.duration(model.unload_at - time.time())}"
+
+
+# -- requests -------------------------------------------------------------------------------------------
+
+
+class Requests:
+    """Requests that run, and how each is stopped."""
+
+    def __init__(self) -> None:
+        self._numbers = count(1)
+        self._ids: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+    def part(self) -> Row:
+        """Return what runs now: a batch over a DataFrame is one row, whatever it has in the air."""
+        running = session.session.running()
+        batch = _batch()
+        alone = [each for each in running if _priority(each) != "batch"]
+        rest = [each for each in running if _priority(each) == "batch"]
+        rows = [self._request(each) for each in alone]
+        if batch is not None:
+            rows.append(
+                {"id": self._id(batch), "what": batch.progress.line(), "model": "", "stopping": False}
+            )
+        else:
+            rows += [self._request(each) for each in rest]
+        return {"rows": rows}
+
+    def stop(self, ident: str) -> bool:
+        """Stop a request by the ``id`` of its row; whether it still ran."""
+        batch = _batch()
+        for each in [*session.session.running(), *([batch] if batch is not None else [])]:
+            if self._ids.get(each) == ident:
+                each.cancel()
+                return True
+        return False
+
+    def _id(self, thing: Any) -> str:
+        return self._ids.setdefault(thing, f"r{next(self._numbers)}")
+
+    def _request(self, running: Running) -> Row:
+        return {
+            "id": self._id(running),
+            "what": _what(running.request),
+            "model": running.model,
+            "stopping": running.cancelled,
+        }
+
+
+def _priority(running: Running) -> str:
+    return str(getattr(running.request, "priority", ""))
+
+
+def _batch() -> Any:
+    """Return the DataFrame run that is under way, or None."""
+    module = sys.modules.get("nbinfer.frames.run")
+    if module is None:
+        return None
+    try:
+        run = module.last_run()
+    except NbinferError:
+        return None
+    return None if run.done else run
+
+
+def _what(request: Any) -> str:
+    if isinstance(request, CompletionRequest):
+        last: Any = (request.messages or [{"content": request.prompt}])[-1].get("content", "")
+        if isinstance(last, list):  # text beside images
+            last = " ".join(str(part.get("text", "")) for part in last if isinstance(part, dict))
+        return words.short(str(last))
+    if isinstance(request, EmbeddingRequest):
+        return f"embed {words.count(len(request.texts), 'text')}"
+    if isinstance(request, RerankRequest):
+        return f"rerank {words.count(len(request.documents), 'document')}"
+    return words.short(type(request).__name__)
+
+
+# -- backends and files ---------------------------------------------------------------------------------
+
+
+def backends() -> Row:
+    """Return every backend with its status; ``install`` is the line that makes it usable, or empty."""
+    from nbinfer import backends as known
+
+    return {
+        "rows": [
+            {
+                "name": name,
+                "word": str(status.word),
+                "kind": words.kind_of(status.word),
+                "detail": status.detail,
+                "install": advice,
+            }
+            for name, status, advice in known.statuses()
+        ],
+    }
+
+
+def models(verdict: Callable[[FoundModel], Row] | None = None) -> Row:
+    """Return the models on this disk.
+
+    Parameters
+    ----------
+    verdict
+        Says whether a model fits here: ``{"word": …, "kind": …}``.
+    """
+    from nbinfer.models.stores import discover
+
+    found = discover()
+    rows = [_file_row(model, verdict) for model in found]
+    size = sum(model.disk_bytes for model in found)
+    return {
+        "rows": rows,
+        "text": f"{words.count(len(rows), 'model')}, {human_bytes(size)} on this disk" if rows else "",
+        "busy": False,
+    }
+
+
+def _file_row(model: FoundModel, verdict: Callable[[FoundModel], Row] | None) -> Row:
+    header = model.header
+    about = "" if header is None else _about(header)
+    row: Row = {
+        "ref": model.ref,
+        "name": model.name,
+        "source": model.source,
+        "about": about,
+        "size": human_bytes(model.size),
+        "problem": model.problem or ("" if header is not None else "its header cannot be read"),
+        "verdict": "",
+        "kind": "",
+    }
+    if verdict is not None and not row["problem"]:
+        found = verdict(model)
+        row |= {"verdict": found["word"], "kind": found["kind"]}
+    return row
+
+
+def _about(header: Any) -> str:
+    modes = ", ".join(str(mode) for mode in header.modes)
+    parameters = header.parameters
+    size = f"{parameters / 1e9:.3g} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"  # noqa: PLR2004
+    trained = header.context_length
+    parts = [header.architecture, f"{size} parameters", str(header.quantisation)]
+    parts += [f"up to {words.tokens(trained)}"] if trained else []
+    return ", ".join(part for part in [*parts, modes] if part)

@@ -1,0 +1,197 @@
+"""The panel in JupyterLab, with a kernel behind it that may be idle, busy, restarted or not there at all."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.axe import violations
+from support.kernel import WITH_FAKE
+from support.lab import SHOTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from support.lab import Lab, Tab
+
+pytestmark = pytest.mark.browser
+
+# A machine with a GPU that nobody has, and a request that never ends.
+PANEL = f"""{WITH_FAKE}
+from support.planner import FakePlanner
+from nbinfer.widgets import show
+from nbinfer.widgets.controller import Controller
+engine.script = lambda request: ["one ", HANG]
+stream = session.find("fake").stream("Tell me a story that never ends")
+controller = Controller(FakePlanner())
+controller.look()
+controller.look_around()
+panel = show("panel", controller)
+panel
+"""
+BUSY = "import time\ntime.sleep(6)"
+# What is left of a closed panel: its threads, and its comms on the kernel's side.
+LEFT = """
+import comm, ipywidgets, threading, time
+before = len(comm.get_comm_manager().comms)
+panel.close()
+for thread in threading.enumerate():
+    if thread.name.startswith(("nbinfer-panel", "nbinfer-widget", "nbinfer-monitor")):
+        thread.join(20)
+names = [t.name for t in threading.enumerate() if t.name.startswith("nbinfer")]
+print("left:", len(comm.get_comm_manager().comms) - before, names)
+"""
+_WORDS = "() => document.querySelector('.jp-Notebook').innerText"
+_RESTART = """async () => {
+  const session = window.jupyterapp.shell.currentWidget.sessionContext.session;
+  await session.kernel.restart();
+}"""
+
+
+@contextmanager
+def _panel(lab: Lab, name: str) -> Iterator[Tab]:
+    """Open a notebook whose first cell has shown a panel."""
+    lab.write(name, PANEL, BUSY, LEFT)
+    with lab.tab(name, width=1100, height=1500) as tab:
+        tab.page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
+        tab.run(0)
+        tab.page.get_by_role("region", name="nbinfer panel").wait_for()
+        yield tab
+
+
+@pytest.fixture(scope="module")
+def shared(lab: Lab) -> Iterator[Tab]:
+    """One panel for the tests that leave it as it was."""
+    with _panel(lab, "shared.ipynb") as tab:
+        yield tab
+
+
+@pytest.fixture
+def own(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Tab]:
+    """A panel for one test."""
+    with _panel(lab, f"{request.node.name}.ipynb") as tab:
+        yield tab
+
+
+def test_it_is_drawn_in_both_themes_and_asks_nobody_beyond_this_machine(shared: Tab) -> None:
+    panel = shared.page.get_by_role("region", name="nbinfer panel")
+    panel.get_by_text("3 GiB of 16 GiB used").wait_for()
+    for theme in ("light", "dark"):
+        shared.theme(theme)
+        shared.page.locator("#jupyterlab-splash").wait_for(state="detached")
+        shared.shot(f"panel-lab-{theme}")
+    assert panel.get_by_text("Tell me a story that never ends").count() == 1
+    assert (shared.strays, shared.errors) == ([], [])
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_screen_reader_finds_nothing_wrong(shared: Tab, theme: str) -> None:
+    shared.theme(theme)
+    assert violations(shared.page, ".nbinfer-w") == []
+
+
+def test_a_slider_is_answered_by_the_formula_and_then_exactly(shared: Tab) -> None:
+    page = shared.page
+    page.get_by_role("button", name="Plan demo", exact=True).press("Enter")
+    slider = page.get_by_role("slider", name="Context")
+    slider.wait_for()
+    slider.press("End")
+    page.get_by_text("does not fit").first.wait_for()
+    page.get_by_text("exact: llama.cpp's own plan", exact=True).wait_for()
+    page.get_by_role("button", name="context 16,384").press("Enter")
+    page.locator(".nbinfer-w-verdict").get_by_text("fits", exact=True).wait_for()
+    assert slider.get_attribute("aria-valuetext") == "16,384 tokens"
+    # Keys of the notebook did not reach it: no cell was added, removed or cut.
+    assert page.locator(".jp-CodeCell").count() == 3
+
+
+def test_the_demo_model_is_loaded_and_unloaded_with_the_keyboard_alone(shared: Tab) -> None:
+    page = shared.page
+    page.get_by_role("button", name="Plan demo", exact=True).press("Enter")
+    load = page.get_by_role("button", name="Load", exact=True)
+    load.wait_for()
+    page.get_by_role("slider", name="Context").press("Home")
+    load.press("Enter")
+    unload = page.get_by_role("button", name="Unload demo", exact=True)
+    unload.wait_for()
+    page.get_by_text("demo is loaded").wait_for()
+    unload.press("Enter")
+    unload.wait_for(state="detached")
+
+
+def test_a_request_is_stopped_from_the_panel(own: Tab) -> None:
+    stop = own.page.get_by_role("button", name="Stop: Tell me a story that never ends")
+    stop.press("Enter")
+    own.page.get_by_text("No request is running.").wait_for()
+
+
+def test_a_busy_kernel_is_said_and_stop_does_not_pretend(shared: Tab) -> None:
+    page = shared.page
+    stop = page.get_by_role("button", name="Stop: Tell me a story that never ends")
+    page.evaluate(
+        """() => { const w = window.jupyterapp.shell.currentWidget; w.content.activeCellIndex = 1;
+           window.jupyterapp.commands.execute('notebook:run-cell'); }"""
+    )
+    page.get_by_text("A cell is running. Buttons act when it ends").wait_for()
+    assert stop.is_disabled()
+    shared.shot("panel-lab-busy")
+    page.get_by_text("A cell is running. Buttons act when it ends").wait_for(state="hidden")
+    assert stop.is_enabled()
+
+
+def test_a_restarted_kernel_leaves_a_panel_that_says_so(own: Tab) -> None:
+    own.page.evaluate(_RESTART)
+    own.page.get_by_text("Not connected to a kernel: run the cell again.").wait_for()
+    own.run(0)
+    own.page.get_by_role("button", name="Stop: Tell me a story that never ends").wait_for()
+
+
+def test_a_closed_panel_leaves_no_thread_and_no_comm(own: Tab) -> None:
+    own.page.get_by_text("3 GiB of 16 GiB used").wait_for()
+    own.run(2)
+    own.page.get_by_text("left: -2 []").wait_for()  # the view's and its layout's
+    assert own.page.get_by_role("region", name="nbinfer panel").count() == 0
+
+
+def test_an_untrusted_notebook_shows_the_still_picture(own: Tab, lab: Lab) -> None:
+    own.save()
+    saved: Any = json.loads((lab.folder / own.name).read_text())
+    saved["metadata"].pop("widgets", None)
+    # Changed by somebody else: its signature is no longer ours.
+    saved["cells"][0]["source"] = "'from somebody else'"
+    (lab.folder / "untrusted.ipynb").write_text(json.dumps(saved))
+    with lab.tab("untrusted.ipynb") as other:
+        other.page.get_by_text("This machine").wait_for()
+        words = other.page.evaluate(_WORDS)
+        assert "Tell me a story that never ends" in words
+        assert "3 GiB of 16 GiB used" in words
+        assert other.page.get_by_role("button", name="Unload fake").count() == 0
+        other.shot("panel-lab-untrusted")
+        assert (other.strays, other.errors) == ([], [])
+
+
+def test_notebook_7_shows_it_too(lab: Lab) -> None:
+    pytest.importorskip("notebook", reason="Notebook 7 is not installed")
+    from screenshots import TOKEN
+
+    lab.write("seven.ipynb", PANEL)
+    page, strays, errors = lab.browser.new_page(viewport={"width": 1000, "height": 1500}), [], []
+    page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+    own = (f"{lab.address}/", f"ws{lab.address.removeprefix('http')}/", "data:", "blob:")
+    page.on("request", lambda r: None if r.url.startswith(own) else strays.append(r.url))
+    page.goto(f"{lab.address}/notebooks/seven.ipynb?token={TOKEN}")
+    panel = page.get_by_role("region", name="nbinfer panel")
+    editor = page.locator(".jp-CodeCell .cm-content").first
+    for _ in range(10):  # a cell that is run before the kernel listens is not run
+        editor.click()
+        page.keyboard.press("Control+Enter")
+        page.wait_for_timeout(3000)
+        if panel.count():
+            break
+    panel.get_by_text("3 GiB of 16 GiB used").wait_for()
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SHOTS / "panel-notebook7.png")
+    page.close()
+    assert (strays, errors) == ([], [])

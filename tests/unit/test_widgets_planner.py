@@ -1,0 +1,111 @@
+"""What the widgets say about memory, and what they make of settings that come from a page."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+import nbinfer as nb
+from nbinfer.contract.errors import ModelNotFound
+from nbinfer.memory.machine import Gpu, Machine, Ram
+from nbinfer.widgets.planner import MemoryPlanner, context_stops, machine_part, whole_settings
+
+GIB = 2**30
+LIMITS = {"context": [512, 1024, 4096, 8192], "kv_types": ["f16", "q8_0"], "layers": 33, "parallel": 16}
+
+
+@pytest.mark.parametrize(
+    ("longest", "first", "last"),
+    [(512, 512, 512), (300, 300, 300), (1024, 512, 1024), (131072, 512, 131072), (40960, 512, 40960)],
+)
+def test_a_context_slider_ends_at_what_the_model_was_trained_for(longest: int, first: int, last: int) -> None:
+    stops = context_stops(longest)
+    assert (stops[0], stops[-1]) == (first, last)
+    assert stops == sorted(set(stops))
+    assert all(stop % 256 == 0 for stop in stops[:-1])
+    assert all(b / a <= 1.5 for a, b in pairwise(stops))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (4096, "f16", -1, None)),
+        ({"context_size": 1024, "kv_type": "q8_0", "gpu_layers": 20, "parallel": 4}, (1024, "q8_0", 20, 4)),
+        ({"context_size": 10**9, "gpu_layers": 99, "parallel": 99}, (8192, "f16", 33, 16)),
+        ({"context_size": -5, "gpu_layers": -7, "parallel": 0}, (1, "f16", -1, 1)),
+        (
+            {"context_size": "8192", "kv_type": ["f16"], "gpu_layers": True, "parallel": {}},
+            (4096, "f16", -1, 1),
+        ),
+        ({"context_size": None, "kv_type": "q9", "more": 1}, (4096, "f16", -1, None)),
+    ],
+)
+def test_settings_of_a_page_are_made_whole_and_kept_within_limits(
+    settings: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    assert tuple(whole_settings(settings, LIMITS).values()) == expected
+
+
+def test_a_load_gets_only_what_differs_from_its_defaults() -> None:
+    planner = MemoryPlanner()
+    usual = {"context_size": 4096, "kv_type": "f16", "gpu_layers": -1, "parallel": None}
+    assert planner.load_options(usual) == {"context_size": 4096}
+    other = {"context_size": 512, "kv_type": "q8_0", "gpu_layers": 0, "parallel": 1}
+    assert planner.load_options(other) == other
+
+
+def test_a_machine_is_bars_with_words() -> None:
+    machine = Machine(
+        ram=Ram(total=16 * GIB, available=1 * GIB, limit="cgroup"),
+        gpus=(Gpu(index=0, name="Imaginary 8", total=8 * GIB, free=5 * GIB),),
+        gpu_status="a doubt",
+    )
+    part = machine_part(machine)
+    assert [(row["name"], row["text"], row["kind"]) for row in part["rows"]] == [
+        ("RAM (limit: cgroup)", "15 of 16 GiB used", "error"),
+        ("GPU 0, Imaginary 8", "3 of 8 GiB used", "ok"),
+    ]
+    assert part["text"] == "a doubt"
+
+
+def test_the_demo_model_can_be_planned_and_a_misspelt_name_is_an_error() -> None:
+    plan = MemoryPlanner().quick("demo", {})
+    assert plan["name"] == "demo"
+    assert plan["limits"]["context"][-1] == 1024
+    assert plan["settings"]["context_size"] == 1024
+    with pytest.raises(ModelNotFound):
+        nb.memory_bar("dmeo")
+
+
+def test_the_real_panel_shows_this_machine_its_models_and_backends() -> None:
+    panel = nb.panel()
+    try:
+        text = repr(panel)
+        assert "RAM" in text
+        assert "demo-embed" in text
+        assert "llamacpp" in text
+    finally:
+        panel.close()
+
+
+def test_the_small_widgets_show_themselves_in_words() -> None:
+    for widget, words in (
+        (nb.monitor(), "RAM"),
+        (nb.status_badge("vllm"), "vllm"),
+        (nb.memory_bar("demo"), "demo"),
+    ):
+        try:
+            assert words in repr(widget)
+        finally:
+            widget.close()
+
+
+def test_importing_the_package_imports_no_widget() -> None:
+    heavy = ("ipywidgets", "anywidget", "psutil", "pandas")
+    code = f"import sys, nbinfer, nbinfer.widgets; print([m for m in {heavy} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
