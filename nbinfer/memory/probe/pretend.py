@@ -18,6 +18,7 @@ from ctypes import CFUNCTYPE, POINTER, c_bool, c_char_p, c_int, c_int32, c_int64
 from typing import Any
 
 from nbinfer.memory.probe import abi
+from nbinfer.memory.probe.cuda import has_flash_kernel
 
 _ALIGNMENT = 128
 _ROW_PADDING = 512
@@ -250,16 +251,8 @@ class Pretender:
         ratio = query.ne[2] // keys.ne[2]
         mask = abi.Tensor.from_address(node.src[3]) if node.src[3] else None
         max_bias = ctypes.c_float.from_buffer_copy(ctypes.c_int32(node.op_params[1])).value
-        grouped = ratio >= 2 and mask is not None and max_bias == 0.0 and keys.ne[1] % 256 == 0  # noqa: PLR2004
-        key_size, value_size = keys.ne[0], values.ne[0]
-        if key_size in _EQUAL_HEADS:
-            if key_size != value_size:
-                return False
-        elif key_size in _GROUPED_HEADS:
-            expected, multiple = _GROUPED_HEADS[key_size]
-            if value_size != expected or not grouped or ratio % multiple:
-                return False
-        else:
+        plain = mask is not None and max_bias == 0.0 and keys.ne[1] % 256 == 0
+        if not has_flash_kernel(keys.ne[0], values.ne[0], ratio, plain=plain):
             return False
         if keys.type not in _FLASH_TYPES or values.type not in _FLASH_TYPES:
             return False
@@ -297,10 +290,7 @@ class Pretender:
         return bool(dimension >= 0 and tensor.ne[dimension] >= _OFFLOAD_ROWS)
 
 
-# Head sizes of the flash attention kernels: keys and values equal…
-_EQUAL_HEADS = frozenset((40, 64, 72, 80, 96, 112, 128, 256))
-# …or, only with grouped queries: key size -> (value size, what the query heads per key head divide by).
-_GROUPED_HEADS = {192: (128, 8), 320: (256, 32), 512: (512, 1), 576: (512, 1)}
+# Types of keys and values that the kernels read.
 _FLASH_TYPES = frozenset((0, 1, 30, 2, 3, 6, 7, 8))  # F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0
 
 
