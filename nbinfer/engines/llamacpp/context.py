@@ -11,6 +11,7 @@ import numpy as np
 
 from nbinfer.contract.errors import ConfigError, EngineError, ModelLoadError
 from nbinfer.engines.llamacpp.library import LOG, abort_function, default_threads, library
+from nbinfer.memory import defaults
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from nbinfer.engines.llamacpp.weights import Weights
 
-DEFAULT_CONTEXT = 4096
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 _BF16 = 30  # ggml's number; the bindings do not name it
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
@@ -80,16 +80,26 @@ class Context:
         self._weights = weights
         trained = weights.trained_context_size
         asked = settings.context_size
-        size = trained if asked == -1 else asked or min(trained, DEFAULT_CONTEXT)
+        size = trained if asked == -1 else asked or min(trained, defaults.CONTEXT)
         threads = settings.threads or default_threads()
         params = lib.llama_context_default_params()
         params.n_ctx = size
-        params.n_batch = size if pooled else min(settings.batch_size or 2048, max(size, 256))
-        params.n_ubatch = size if pooled else min(settings.micro_batch or 512, params.n_batch)
+        params.n_batch = (
+            size if pooled else min(settings.batch_size or defaults.BATCH, max(size, defaults.LEAST_BATCH))
+        )
+        flash = defaults.flash_attention(
+            asked=settings.flash_attention,
+            on_gpu=bool(lib.llama_supports_gpu_offload()) and weights.gpu_layers != 0,
+            kv_type=settings.kv_type,
+            context_size=size,
+        )
+        usual = defaults.PLAIN_MICRO_BATCH if flash is False else defaults.MICRO_BATCH
+        params.n_ubatch = size if pooled else min(settings.micro_batch or usual, params.n_batch)
         params.n_seq_max = parallel
         params.kv_unified = True
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = {None: -1, False: 0, True: 1}[settings.flash_attention]
+        params.flash_attn_type = {None: -1, False: 0, True: 1}[flash]
+        self.flash_attention = flash is not False
         params.type_k = params.type_v = _ggml_type(lib, settings.kv_type or "f16")
         params.embeddings = pooled
         params.no_perf = True
@@ -144,6 +154,7 @@ class Context:
             "parallel": int(lib.llama_n_seq_max(self.pointer)),
             "batch_size": self.n_batch,
             "micro_batch": self.n_ubatch,
+            "flash_attention": self.flash_attention,
             "threads": int(lib.llama_n_threads(self.pointer)),
             "gpu_offload": bool(lib.llama_supports_gpu_offload()),
         }

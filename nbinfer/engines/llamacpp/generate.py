@@ -54,6 +54,7 @@ from nbinfer.engines.stream import Stream
 from nbinfer.engines.template import ChatTemplate
 from nbinfer.engines.text import THINK_CLOSE, THINK_OPEN, TextAssembler
 from nbinfer.engines.toolcalls import parse_tool_calls
+from nbinfer.memory import defaults
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,13 +69,20 @@ if TYPE_CHECKING:
     from nbinfer.engines.llamacpp.weights import Weights
 
 FAILED = -1
-DEFAULT_PARALLEL = 8
 MIN_SHARED = 8
 """Shorter common prefixes are not worth waiting for."""
-STEP_SECONDS = 0.2
-"""A prompt piece is sized to take about this long, so that cells stay responsive beside a batch."""
-MIN_CHUNK = 32
+STEP_SECONDS = 0.5
+"""A batch with pieces of prompts is sized to take about this long, so that cells stay responsive."""
+SLOW_SECONDS = 3.0
+MIN_CHUNK = 16
+TILE = 64
+"""llama.cpp's flash attention on a CPU takes so many tokens as one tile; half a tile takes as long.
 
+Where a tile takes longer than ``SLOW_SECONDS``, pieces are smaller all the same."""
+
+CROWD = 1024
+"""Plain attention, as on a CPU, looks at the cells of all sequences. Beyond so many that are not common to a
+batch row and the others, another row beside them costs more than it brings."""
 BATCH_TURN = 3
 """While somebody waits at a cell, batch rows take part in every third step."""
 
@@ -97,7 +105,7 @@ class CompletionEngine:
     ) -> None:
         self._weights = weights
         # A recurrent state is paid for per sequence; elsewhere a sequence costs one row of logits.
-        usual = 1 if weights.has_recurrent_state else DEFAULT_PARALLEL
+        usual = 1 if weights.has_recurrent_state else defaults.PARALLEL
         parallel = 1 if exact else settings.parallel or usual
         self._speculation = speculation
         self._projector = projector
@@ -451,14 +459,23 @@ class CompletionEngine:
                     free = 1
                 else:
                     return
-            needed = sequence.length + 1
-            in_use = sum(s.sequence.length for s in taken if s.sequence is not None)
-            if in_use + needed > self._context.size and taken:
+            shared, apart = self._cells([s.sequence for s in taken if s.sequence is not None], sequence)
+            if shared + apart > self._context.size and taken:
                 if not (sequence.interactive and self._evict_batch_row()):
                     return
                 continue
+            if taken and apart > CROWD and not sequence.interactive and not self._context.flash_attention:
+                return
             if self._place(sequence):
                 self._waiting.remove(sequence)
+
+    def _cells(self, running: list[Sequence], sequence: Sequence) -> tuple[int, int]:
+        """Cells of the context when ``sequence`` runs beside others: those it shares, and all the rest."""
+        tokens = sequence.tokens(0, sequence.length)
+        common = [common_prefix(s.prompt, tokens) if self._shares_prefixes else 0 for s in running]
+        shared = max(common, default=0)
+        others = sum(s.length - n for s, n in zip(running, common, strict=True))
+        return shared, others + len(tokens) + 1 - shared
 
     def _place(self, sequence: Sequence) -> bool:
         """Put a sequence into the best free slot; False when it should wait for a prefix being computed."""
@@ -630,8 +647,11 @@ class CompletionEngine:
     def _note_prompt_rate(self, planned: list[tuple[Sequence, int, int]], seconds: float) -> None:
         n_prompt = sum(n for sequence, n, _ in planned if not sequence.generating)
         self._prompt_tokens += n_prompt
-        if n_prompt >= MIN_CHUNK:
-            self._prompt_rate = n_prompt / max(seconds, 1e-6)
+        n_all = sum(n for _, n, _ in planned)
+        rate = n_all / max(seconds, 1e-6)
+        # A small batch takes longer per token: it does not show that a large one would be slow.
+        if n_prompt and (n_all >= TILE or rate > self._prompt_rate):
+            self._prompt_rate = rate
 
     def _plan(self, active: list[Sequence]) -> Iterator[tuple[Sequence, int, int]]:
         """Fill the batch: yields (sequence, tokens added, batch index of its last token)."""
@@ -646,10 +666,14 @@ class CompletionEngine:
                 yield sequence, len(tokens), index
                 room -= len(tokens)
         # Alone, a prompt is cut the same way every time, so that a restarted notebook gives the same text.
-        chunk = context.n_ubatch
-        if len(active) > 1 and self._prompt_rate:
-            chunk = min(chunk, max(MIN_CHUNK, int(self._prompt_rate * STEP_SECONDS)))
-        budget = min(room, chunk)
+        budget = context.n_ubatch
+        if self._prompt_rate and not (len(active) == 1 and active[0].interactive):
+            rate, whole = self._prompt_rate, int(self._prompt_rate * STEP_SECONDS)
+            slow = TILE / rate > SLOW_SECONDS
+            whole = max(MIN_CHUNK, whole) if slow else max(TILE, whole - whole % TILE)
+            # The tokens above are part of the tile.
+            budget = max(MIN_CHUNK, min(budget, whole) - (context.n_batch - room))
+        budget = min(room, budget)
         for sequence in sorted(active, key=lambda s: (not s.interactive, s.started)):
             if sequence.generating or budget <= 0:
                 continue

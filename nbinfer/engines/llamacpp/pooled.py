@@ -24,6 +24,7 @@ from nbinfer.contract.results import EmbeddingResult, Finished, PromptProgress, 
 from nbinfer.engines.llamacpp.context import OK, Context, engine_version
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
+from nbinfer.memory import defaults
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from nbinfer.engines.llamacpp.context import ContextSettings
     from nbinfer.engines.llamacpp.weights import Weights
 
-MAX_PACK_SEQUENCES = 32
 CPU_PACK_TOKENS = 64
 """An encoder attends over the whole pack and masks afterwards: on a CPU small packs are fastest."""
 GPU_PACK_TOKENS = 2048
@@ -56,7 +56,7 @@ class PooledEngine:
         self._weights = weights
         self._name = name
         trained = weights.trained_context_size
-        parallel = 1 if weights.has_recurrent_state else settings.parallel or MAX_PACK_SEQUENCES
+        parallel = 1 if weights.has_recurrent_state else settings.parallel or defaults.POOLED_PARALLEL
         self._context = Context(weights, settings, parallel=parallel, pooled=True)
         pooling = int(lib.llama_pooling_type(self._context.pointer))
         ranks = pooling == lib.LLAMA_POOLING_TYPE_RANK

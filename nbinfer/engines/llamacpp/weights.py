@@ -52,6 +52,7 @@ class Weights:
     ) -> None:
         lib = self._lib = library()
         self.path = path
+        self.gpu_layers = gpu_layers
         params = lib.llama_model_default_params()
         params.n_gpu_layers = -1 if gpu_layers is None else gpu_layers
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if mmap else lib.LLAMA_LOAD_MODE_NONE
