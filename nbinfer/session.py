@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from nbinfer.contract import rendering
 from nbinfer.contract.errors import (
     ConfigError,
+    DoesNotFit,
     ModelNotFound,
     RequestError,
     SchemaError,
@@ -361,6 +362,16 @@ class Model:
         from nbinfer.models import weights_digest
 
         return weights_digest(self.paths) if self.paths else self.info.digest
+
+    def measured_memory(self) -> dict[str, dict[str, int]] | None:
+        """What the engine itself says it holds: bytes of weights, context and compute by device; or None.
+
+        ``memory`` is the estimate made before the load, to compare with.
+        """
+        from nbinfer.memory import breakdown
+
+        context = getattr(self.engine, "context_pointer", None)
+        return None if context is None else breakdown(context)
 
     def __repr__(self) -> str:
         size = f"context {self.info.context_size:,}"
@@ -808,10 +819,54 @@ def _unload_when_idle(model: Model, seconds: float) -> None:
         time.sleep(min(1.0, max(seconds / 4, 0.02)))
 
 
+_ESTIMATED = (
+    "context_size",
+    "parallel",
+    "kv_type",
+    "gpu_layers",
+    "flash_attention",
+    "batch_size",
+    "micro_batch",
+    "mmap",
+    "tensor_split",
+    "projector",
+)
+
+
 def _fits(resolved: Any, mode: Mode, asked: Mapping[str, Any], *, force: bool) -> Any:
-    """Estimate before the load; refuse what does not fit. None when the file allows no estimate."""
-    del resolved, mode, asked, force
-    return None
+    """Estimate before the load; refuse what does not fit. None when the file's kind allows no estimate.
+
+    Raises
+    ------
+    DoesNotFit
+        It needs more memory than there is, and ``force`` is not set.
+    """
+    if resolved.format != "gguf" or mode == Mode.IMAGE_GENERATION:
+        return None
+    from nbinfer.memory import estimate
+
+    options = {name: asked[name] for name in _ESTIMATED if name in asked}
+    speculative = asked.get("speculative")
+    if speculative is not None:
+        options["draft"] = speculative.draft_path
+    if asked.get("exact"):
+        options["parallel"] = 1
+    made = estimate(resolved.header, mode=mode, **options)
+    if made.verdict == "does not fit" and not force:
+        raise DoesNotFit(_refusal(resolved.name, made))
+    return made
+
+
+def _refusal(name: str, made: Any) -> str:
+    advice = made.advice()[:2]
+    lines = [f"{name} {made.reason}."]
+    for each in advice:
+        options = ", ".join(f"{key}={value!r}" for key, value in each.changes.items())
+        lines.append(f"It fits with {options} ({each.text}).")
+    if not advice:
+        lines.append("No setting makes it fit here: take a smaller quantisation or unload other models.")
+    lines.append("force=True loads it all the same.")
+    return "\n".join(lines)
 
 
 def unload(model: Model | str | None = None) -> None:

@@ -1,1 +1,19 @@
-"""TODO."""
+"""Memory: what there is, what a model will take, and whether it fits, before anything is loaded."""
+
+from __future__ import annotations
+
+from nbinfer.memory.estimate import Advice, DeviceEstimate, Estimate, estimate
+from nbinfer.memory.live import breakdown
+from nbinfer.memory.machine import Gpu, Machine, Ram, machine
+
+__all__ = [
+    "Advice",
+    "DeviceEstimate",
+    "Estimate",
+    "Gpu",
+    "Machine",
+    "Ram",
+    "breakdown",
+    "estimate",
+    "machine",
+]

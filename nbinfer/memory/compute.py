@@ -54,10 +54,24 @@ def add_compute(made: Layout, shape: Shape, settings: Settings, *, gpus: int) ->
 
     The cache, the weights and whether flash attention runs are taken from it.
     """
+    if made.flash and settings.flash_attention is None and not settings.quantised_cache and gpus:
+        made.flash = CPU not in made.placed or _flash_stays(made, shape, settings, gpus=gpus)
     pipeline = gpus > 1 and not settings.experts_on_cpu and CPU not in made.placed
     builder = _Builder(made, shape, settings, gpus=gpus, pipeline=pipeline)
-    for device, size in builder.sizes().items():
+    builder.build()
+    for device, size in builder.graph.sizes().items():
         made.on(device).compute += size
+
+
+def _flash_stays(made: Layout, shape: Shape, settings: Settings, *, gpus: int) -> bool:
+    """Whether flash attention would run on the device of its block everywhere.
+
+    llama.cpp looks at a graph of one token per sequence, and turns it off when one of them strays.
+    """
+    builder = _Builder(made, shape, settings, gpus=gpus, tokens=settings.parallel)
+    builder.build()
+    builder.graph.assign()
+    return all(result.device == device for device, result in builder.attended)
 
 
 class _Builder:
@@ -66,11 +80,22 @@ class _Builder:
     block: Block
     part: Part
 
-    def __init__(self, made: Layout, shape: Shape, settings: Settings, *, gpus: int, pipeline: bool) -> None:
+    def __init__(
+        self,
+        made: Layout,
+        shape: Shape,
+        settings: Settings,
+        *,
+        gpus: int,
+        pipeline: bool = False,
+        tokens: int = 0,
+    ) -> None:
         self.shape, self.settings, self.placed = shape, settings, made.placed
         self.numbers = made.numbers
-        self.tokens = self.rows = made.numbers.tokens
-        self.outputs = made.numbers.outputs
+        # Fewer than the largest graph has: only to see what runs where.
+        self.small = tokens > 0
+        self.tokens = self.rows = tokens or made.numbers.tokens
+        self.outputs = tokens or made.numbers.outputs
         self.flash = made.flash
         # Without flash attention the values are stored turned, unless it was hoped for.
         self.turned = settings.flash_attention is False
@@ -78,6 +103,7 @@ class _Builder:
         self.cache_kind = settings.kv_type.upper()
         self.centred = shape.architecture in _LAYER_NORM
         self.device = CPU
+        self.attended: list[tuple[int, Result]] = []
         self._given: dict[str, Result] = {}
         self._rope: dict[int, Result | None] = {}
         self._following: Block | None = None
@@ -132,7 +158,8 @@ class _Builder:
         vector = self.weight(name)
         if vector is None:
             return source
-        return self.graph.op(source.size, source, reuse=(source,), weight=vector, rows=self.rows)
+        rows = source.size // (_FLOAT * self.part.tensors[name].shape[0])
+        return self.graph.op(source.size, source, reuse=(source,), weight=vector, rows=rows)
 
     def norm(self, source: Result, name: str) -> Result:
         """Normalise and scale by a weight of the block; nothing where there is none."""
@@ -167,8 +194,8 @@ class _Builder:
 
     # -- the whole ---------------------------------------------------------------------------------------
 
-    def sizes(self) -> dict[int, int]:
-        """Return the bytes of each device's compute buffer."""
+    def build(self) -> None:
+        """Lay out the graph."""
         shape = self.shape
         indices = self.given("tokens", _FLOAT * self.tokens)
         # Callers may pass vectors instead of tokens: room for them is always there.
@@ -191,7 +218,6 @@ class _Builder:
         for block, following in zip(chosen, [*chosen[1:], None], strict=True):
             current = self._block(block, current, following)
         self._finish(current)
-        return self.graph.sizes()
 
     def _look_up(self, size: int, indices: Result) -> Result:
         return self.graph.look_up(size, self.graph.weight(0, CPU), indices)
@@ -203,7 +229,7 @@ class _Builder:
         among others, or on several devices, leave different gaps each time: then it is all of them.
         """
         mixed = len(set(self.placed)) > 1 or any(block.key_row for block in self.shape.blocks)
-        if self.shape.recurrent and mixed:
+        if self.small or (self.shape.recurrent and mixed):
             return self.shape.blocks
         kinds: dict[tuple[object, ...], list[Block]] = {}
         for block in self.shape.blocks:
@@ -511,7 +537,7 @@ class _Builder:
             extra = self._f16_copies(
                 size, elements * block.kv_heads * block.key_size, elements * block.kv_heads * block.value_size
             )
-            return self.graph.op(
+            made = self.graph.op(
                 size,
                 queries,
                 keys_held,
@@ -522,6 +548,8 @@ class _Builder:
                 extra=extra,
                 device=self._must_run_on(),
             )
+            self.attended.append((self.device, made))
+            return made
         scores = self.graph.op(_FLOAT * cells * self.tokens * block.heads, key_cache, queries)
         if self.shape.architecture in _SOFT_CAPPED:
             scores = self.in_place(scores)
@@ -620,6 +648,7 @@ class _Builder:
             extra = self._f16_copies(size, elements * (rank + rope), 0)
             held = graph.op(2 * elements * (rank + rope), cache) if self.cache_kind == "F32" else cache
             made = graph.op(size, queries, held, held, mask, extra=extra, device=self._must_run_on())
+            self.attended.append((self.device, made))
             made = graph.op(out, View(made), weight=upper, rows=self.rows)
             return graph.op(out, made)
         turned = graph.op(row_bytes(self.cache_kind, rank) * elements, cache)

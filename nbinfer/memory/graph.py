@@ -161,12 +161,12 @@ class Graph:
 
     # -- devices -----------------------------------------------------------------------------------------
 
-    def _assign(self) -> None:
+    def assign(self) -> None:
         """Give the remaining operations to a neighbour's device: GPUs spread first, down, then up."""
         operations = self._operations
         if not self.gpus:
             for operation in operations:
-                operation.device = CPU
+                operation.device = operation.result.device = CPU
             return
         for spread_cpu in (False, True):
             for order in (operations, operations[::-1]):
@@ -178,6 +178,8 @@ class Graph:
                             current = None
                     elif current is not None:
                         operation.device = current
+        for operation in operations:
+            operation.result.device = operation.device
 
     def _copies(self) -> list[list[tuple[Result, Result]]]:
         """Return, for each operation, what is copied to its device at the start of its split.
@@ -226,7 +228,7 @@ class Graph:
 
     def sizes(self) -> dict[int, int]:
         """Return the bytes of each device's buffer; the CPU's is ``CPU``."""
-        self._assign()
+        self.assign()
         starts = self._copies()
         room = {device: _Room(GPU_ALIGNMENT) for device in range(self.gpus)}
         room[CPU] = _Room(CPU_ALIGNMENT)

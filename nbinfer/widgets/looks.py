@@ -87,14 +87,40 @@ def _where(model: Model) -> str:
 
 
 def _memory(model: Model) -> str:
-    parts = []
-    estimated = getattr(model.memory, "required", None)
-    if estimated is not None:
-        parts.append(f"estimated {human_bytes(estimated.ram + estimated.total_vram)}")
-    measured = model.info.effective.get("memory_bytes")
-    if isinstance(measured, int):
-        parts.append(f"measured {human_bytes(measured)}")
-    return ", ".join(parts)
+    """Return what the engine holds beside what was estimated for the same parts."""
+    found = []
+    measured = _MEASURED.of(model)
+    if measured is not None:
+        found.append(f"memory {human_bytes(measured)} measured")
+    devices = getattr(model.memory, "devices", None)
+    if devices is not None:
+        # The engine counts neither the process around it nor its rows of results.
+        estimated = sum(device.known - device.output + device.file_backed for device in devices)
+        found.append(
+            f"{human_bytes(estimated)} estimated" if found else f"memory {human_bytes(estimated)} estimated"
+        )
+    return ", ".join(found)
+
+
+class _Measured:
+    """What engines say they hold: asked once for each model, for it does not change."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[Model, int | None] = weakref.WeakKeyDictionary()
+
+    def of(self, model: Model) -> int | None:
+        """Return bytes on all devices together, or None when the engine does not say."""
+        if model not in self._known:
+            from nbinfer.memory import breakdown
+
+            breakdown(0)  # the first answer takes a while, in which the model could be unloaded
+            devices = model.measured_memory()
+            known = None if devices is None else sum(sum(held.values()) for held in devices.values())
+            self._known[model] = known
+        return self._known[model]
+
+
+_MEASURED = _Measured()
 
 
 def _keep(model: Model) -> str:

@@ -70,7 +70,7 @@ class FakePlanner:
             "limits": {"context": STOPS, "kv_types": list(PER_TOKEN), "layers": 33, "parallel": 16},
             "bars": [bar],
             "segments": segments,
-            "curve": [[self._bar({**whole, "context_size": stop})[0]] for stop in STOPS],
+            "curve": [[self._bar({**whole, "context_size": stop})[0]] for stop in STOPS] * (kind == "exact"),
             "verdict": {"word": word, "kind": mark, "text": f"{bar['text']} of the GPU"},
             "advice": advice,
             "source": source,

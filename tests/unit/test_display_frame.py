@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from support.hostile import CORPUS, problems
 
-from nbinfer.display.frame import badge, badges_html, frame_bundle, human_bytes
+from nbinfer.contract.units import human_bytes
+from nbinfer.display.frame import badge, badges_html, frame_bundle
 from nbinfer.display.style import COLOURS, STYLE
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # One line, spaced as Python and most training text write it. Free white space is where small models get lost:
 # they write blanks until their tokens run out.
-_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Constrainer:

@@ -1,0 +1,604 @@
+"""What a model will take, on which device, whether it fits, and what to change when it does not.
+
+Two sources give the numbers, and each number says which: formulas, at once, and llama.cpp itself, asked in a
+child process that plans the load and allocates nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from nbinfer.contract.errors import ConfigError, NotSupported
+from nbinfer.contract.memory import RequiredMemory
+from nbinfer.contract.modes import Mode
+from nbinfer.contract.units import human_bytes, parse_bytes
+from nbinfer.memory import defaults
+from nbinfer.memory.analytic import layout
+from nbinfer.memory.layout import CPU
+from nbinfer.memory.machine import Gpu, Machine, machine
+from nbinfer.memory.settings import Settings, expert_patterns
+from nbinfer.memory.shape import Shape
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping, Sequence
+
+    import pandas as pd
+
+    from nbinfer.gguf import Header
+    from nbinfer.memory.layout import Layout
+
+Verdict: TypeAlias = Literal["fits", "tight", "does not fit"]
+VERDICTS: tuple[Verdict, ...] = ("fits", "tight", "does not fit")
+
+FORMULA, LLAMA_CPP, ASSUMED = "formula", "llama.cpp", "assumed"
+
+# A CUDA context, its libraries' workspaces and pools: from small to large GPUs as published.
+_GPU_OVERHEAD = (50 << 20, 550 << 20)
+_VOCABULARY_BYTES = 379  # of each token in main memory, measured on vocabularies of 150,000 and 260,000
+_PROCESS_OVERHEAD = (8 << 20, 40 << 20)
+
+_GGML_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 6,
+    "q5_1": 7,
+    "q8_0": 8,
+    "iq4_nl": 20,
+    "bf16": 30,
+}
+
+COMPONENTS = ("weights", "cache", "state", "compute", "output", "projector", "draft")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceEstimate:
+    """Bytes on one device.
+
+    Attributes
+    ----------
+    name, kind
+        ``RAM`` or the GPU's name; ``ram`` or ``gpu``.
+    weights, cache, state, compute, output, projector, draft
+        The parts. ``weights`` in main memory are those that must be there; those that stay in the mapped
+        file are ``file_backed``.
+    file_backed
+        Pages of the file: the system may drop them, and reads them again, slowly, when they are needed.
+    overhead
+        Least and most of what is known only roughly: the GPU's context, the vocabulary, buffers of libraries.
+    available, total
+        What is free now, and what there is.
+    sources
+        Where each part's number comes from: ``llama.cpp``, ``formula`` or ``assumed``.
+    """
+
+    name: str
+    kind: Literal["ram", "gpu"]
+    weights: int = 0
+    cache: int = 0
+    state: int = 0
+    compute: int = 0
+    output: int = 0
+    projector: int = 0
+    draft: int = 0
+    file_backed: int = 0
+    overhead: tuple[int, int] = (0, 0)
+    available: int = 0
+    total: int = 0
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def known(self) -> int:
+        """The parts together, without overhead and file-backed pages."""
+        return sum(getattr(self, part) for part in COMPONENTS)
+
+    @property
+    def required(self) -> int:
+        """The parts and the middle of the overhead."""
+        return self.known + sum(self.overhead) // 2
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether it fits here; ``tight`` when it depends on the overhead, or on re-reading the file."""
+        if self.known + self.overhead[0] > self.available:
+            return "does not fit"
+        return "fits" if self.known + self.overhead[1] + self.file_backed <= self.available else "tight"
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A change that makes it fit: in words, and as options of ``nb.load`` and ``nb.estimate``."""
+
+    text: str
+    changes: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """The memory of a model with given settings. Shows itself as a bar, prints itself as a table."""
+
+    model: str
+    settings: Settings
+    devices: tuple[DeviceEstimate, ...]
+    exact: bool
+    """Whether llama.cpp itself was asked; else formulas alone answered, ``note`` says why."""
+    context_size: int
+    trained_context_size: int
+    machine: Machine
+    note: str = ""
+    header: Header = field(repr=False, compare=False)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def ram(self) -> DeviceEstimate:
+        """Main memory."""
+        return self.devices[0]
+
+    @property
+    def gpus(self) -> tuple[DeviceEstimate, ...]:
+        """The GPUs planned for, in order."""
+        return self.devices[1:]
+
+    @property
+    def required(self) -> RequiredMemory:
+        """Bytes to set aside: RAM that must be there, and each GPU's."""
+        return RequiredMemory(ram=self.ram.required, vram=tuple(gpu.required for gpu in self.gpus))
+
+    @property
+    def verdict(self) -> Verdict:
+        """``fits``, ``tight`` or ``does not fit``: that of the worst device."""
+        if any(gpu.unified for gpu in self.machine.gpus) and self.gpus:
+            pool = sum(device.known for device in self.devices)
+            worst: Verdict = "does not fit" if pool > self.ram.available else "fits"
+            return max(worst, *(d.verdict for d in self.devices), key=VERDICTS.index)
+        return max((device.verdict for device in self.devices), key=VERDICTS.index)
+
+    @property
+    def reason(self) -> str:
+        """The verdict in words."""
+        if self.verdict == "fits":
+            return "fits"
+        device = max(self.devices, key=lambda d: (VERDICTS.index(d.verdict), d.required - d.available))
+        free = human_bytes(device.available)
+        if self.verdict == "does not fit":
+            return f"does not fit: {human_bytes(device.required)} needed on {device.name}, {free} free"
+        if device.known + device.overhead[1] > device.available:
+            return f"tight: {human_bytes(device.required)} of {free} free on {device.name}"
+        return (
+            f"tight: {human_bytes(device.file_backed)} of weights stay in the file, and only "
+            f"{human_bytes(device.available - device.required)} of memory is left to keep them at hand"
+        )
+
+    def advice(self) -> tuple[Advice, ...]:
+        """Return the nearest settings that fit, best first; empty when it fits, or when nothing helps.
+
+        Found by search over the formulas; each is confirmed by the exact probe where that works.
+        """
+        from nbinfer.memory.advise import advise
+
+        return advise(self) if self.verdict == "does not fit" else ()
+
+    def again(self, **changes: Any) -> Estimate:
+        """Estimate the same model with some options changed."""
+        return _estimate(self.header, self.model, {**self.options, **changes}, self.machine)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per device and part: device, part, bytes, source."""
+        import pandas as pd
+
+        rows = [
+            {
+                "device": d.name,
+                "part": part,
+                "bytes": getattr(d, part),
+                "source": d.sources.get(part, FORMULA),
+            }
+            for d in self.devices
+            for part in (*COMPONENTS, "file_backed")
+            if getattr(d, part)
+        ]
+        return pd.DataFrame(rows, columns=["device", "part", "bytes", "source"])
+
+    def sweep(self, **options: Sequence[Any]) -> pd.DataFrame:
+        """Estimate every combination of some options, by formula.
+
+        ``sweep(context_size=[2048, 8192], kv_type=["f16", "q8_0"])`` gives a row per combination: the
+        options, ram, vram (bytes), verdict.
+        """
+        import pandas as pd
+
+        rows = []
+        for values in product(*options.values()):
+            changes = dict(zip(options, values, strict=True))
+            made = self.again(**changes, exact=False)
+            vram = sum(made.required.vram)
+            rows.append({**changes, "ram": made.required.ram, "vram": vram, "verdict": made.verdict})
+        return pd.DataFrame(rows, columns=[*options, "ram", "vram", "verdict"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON-able values; sizes in bytes."""
+        return {
+            "model": self.model,
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "exact": self.exact,
+            "note": self.note,
+            "context_size": self.context_size,
+            "trained_context_size": self.trained_context_size,
+            "required": {"ram": self.required.ram, "vram": list(self.required.vram)},
+            "devices": [
+                {
+                    "name": d.name,
+                    "kind": d.kind,
+                    **{part: getattr(d, part) for part in COMPONENTS},
+                    "file_backed": d.file_backed,
+                    "overhead": list(d.overhead),
+                    "required": d.required,
+                    "available": d.available,
+                    "total": d.total,
+                    "verdict": d.verdict,
+                    "sources": dict(d.sources),
+                }
+                for d in self.devices
+            ],
+            "advice": [{"text": a.text, "changes": dict(a.changes)} for a in self.advice()],
+        }
+
+    def __str__(self) -> str:
+        from nbinfer.memory.show import text
+
+        return text(self)
+
+    def __repr__(self) -> str:
+        return f"<Estimate {self.model}: {self.reason}>"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        from nbinfer.memory.show import html, text
+
+        del include, exclude
+        return {"text/plain": text(self), "text/html": html(self)}
+
+
+def estimate(
+    ref: str | os.PathLike[str] | Header,
+    *,
+    mode: Mode | str | None = None,
+    context_size: int | None = None,
+    parallel: int | None = None,
+    kv_type: str | None = None,
+    gpu_layers: int | None = None,
+    flash_attention: bool | None = None,
+    batch_size: int | None = None,
+    micro_batch: int | None = None,
+    mmap: bool = True,
+    tensor_split: Sequence[float] | None = None,
+    experts_on_cpu: bool | int = False,
+    gpus: Sequence[str | int] | None = None,
+    ram: str | int | None = None,
+    projector: str | os.PathLike[str] | None = None,
+    draft: str | os.PathLike[str] | None = None,
+    exact: bool | None = None,
+) -> Estimate:
+    """Say what memory a model will take, from its header alone; loads nothing.
+
+    Parameters
+    ----------
+    ref
+        Whatever ``nb.load`` takes, a model that is not downloaded included; or a header.
+    mode
+        What it would be loaded for; None reads it from the header.
+    context_size
+        Tokens; -1 is the trained maximum, None what ``nb.load`` takes by itself (that, up to 4,096).
+    parallel
+        Sequences at once; None is what ``nb.load`` takes.
+    kv_type
+        Type of the KV cache: ``f16`` (default), ``q8_0``, …
+    gpu_layers
+        Layers on the GPUs, the output counted as one; None and -1 are all.
+    flash_attention
+        None lets llama.cpp decide.
+    batch_size, micro_batch
+        Tokens of one call, and of one computed graph.
+    mmap
+        Whether weights in main memory stay in the mapped file.
+    tensor_split
+        Shares of the GPUs.
+    experts_on_cpu
+        True: experts of a mixture stay in main memory; a number: those of so many first blocks.
+    gpus
+        GPUs to plan for, by their memory (``["24GiB"]``), here or not; ``[]`` is none. None: those of this
+        machine that the installed llama.cpp can use.
+    ram
+        Main memory to plan for; None is what is free here.
+    projector, draft
+        Files of an image encoder and of a draft model loaded with it.
+    exact
+        True asks llama.cpp itself and fails when it cannot be asked; False is formulas alone, in a
+        millisecond; None asks where it can.
+
+    Raises
+    ------
+    ModelNotFound
+        No such model.
+    GGUFParseError
+        Its header cannot be read.
+    ConfigError, NotSupported
+        A setting is out of range, or this model cannot be run with it.
+    """
+    from nbinfer.gguf import Header, read_header
+
+    name = ""
+    if isinstance(ref, Header):
+        header = ref
+    else:
+        from nbinfer.models import peek
+
+        found = peek(ref)
+        read = found.header
+        if not isinstance(read, Header):
+            raise NotSupported(f"{ref} is a {found.format} model; memory is estimated for GGUF files.")
+        header, name = read, found.name
+        beside = getattr(found, "projector", None)
+        if projector is None and beside is not None:
+            projector = beside
+    options = {
+        "mode": mode,
+        "context_size": context_size,
+        "parallel": parallel,
+        "kv_type": kv_type,
+        "gpu_layers": gpu_layers,
+        "flash_attention": flash_attention,
+        "batch_size": batch_size,
+        "micro_batch": micro_batch,
+        "mmap": mmap,
+        "tensor_split": tensor_split,
+        "experts_on_cpu": experts_on_cpu,
+        "projector": None if projector is None else read_header(projector),
+        "draft": None if draft is None else read_header(draft),
+        "exact": exact,
+    }
+    return _estimate(header, name or header.name or header.architecture, options, _plan_machine(gpus, ram))
+
+
+def _plan_machine(gpus: Sequence[str | int] | None, ram: str | int | None) -> Machine:
+    here = machine()
+    if ram is not None:
+        size = parse_bytes(ram)
+        here = replace(here, ram=replace(here.ram, total=size, available=size, limit="asked"))
+    if gpus is not None:
+        sizes = [parse_bytes(size) for size in ([gpus] if isinstance(gpus, str) else gpus)]
+        planned = tuple(Gpu(index=i, name=f"GPU {i}", total=size, free=size) for i, size in enumerate(sizes))
+        return replace(here, gpus=planned, gpu_status="")
+    return here if _build_uses_gpus() else replace(here, gpus=())
+
+
+def _build_uses_gpus() -> bool:
+    """Whether the installed llama.cpp has a backend for GPUs, by the names of its libraries."""
+    from nbinfer.memory.probe.client import ProbeUnavailable, library_folder
+
+    kinds = ("cuda", "hip", "vulkan", "metal", "sycl", "musa")
+    try:
+        return any(f"ggml-{kind}" in path.name for path in library_folder().iterdir() for kind in kinds)
+    except (ProbeUnavailable, OSError):
+        return True  # nothing is installed yet: plan for what is there
+
+
+# -- one estimate ---------------------------------------------------------------------------------------
+
+
+def _estimate(header: Header, name: str, options: Mapping[str, Any], here: Machine) -> Estimate:
+    if header.kind not in ("model", "vocabulary"):
+        raise NotSupported(f"{name} is a GGUF {header.kind}, not a model of its own.")
+    shape = Shape.of(header)
+    settings = _settings(shape, header, options, here)
+    settings.check(shape)
+    made = layout(shape, settings, [float(gpu.free) for gpu in here.gpus])
+    measured, note = _ask(header, settings, here, exact=options.get("exact"))
+    sources = dict.fromkeys(("weights", "cache", "compute"), LLAMA_CPP if measured else FORMULA)
+    sources |= {"state": FORMULA, "output": FORMULA, "projector": ASSUMED, "draft": FORMULA}
+    if not shape.exact and not measured:
+        note = f"{shape.architecture} has parts that the formulas do not cover: the real need may differ"
+    devices = [_ram(made, shape, settings, here, measured, sources)]
+    devices += [_gpu(made, i, gpu, measured, sources) for i, gpu in enumerate(here.gpus)]
+    _add_companions(devices, options, here, settings)
+    return Estimate(
+        model=name,
+        settings=settings,
+        devices=tuple(devices),
+        exact=measured is not None,
+        context_size=made.numbers.context_size,
+        trained_context_size=shape.trained_context,
+        machine=here,
+        note=note,
+        header=header,
+        options=dict(options),
+    )
+
+
+def _settings(shape: Shape, header: Header, options: Mapping[str, Any], here: Machine) -> Settings:
+    asked_mode = options["mode"]
+    if asked_mode is not None and asked_mode not in tuple(Mode):
+        raise ConfigError(f"mode={asked_mode!r} is unknown: use one of {', '.join(Mode)}.")
+    mode = Mode(asked_mode) if asked_mode else (header.modes or (Mode.COMPLETION,))[0]
+    pooled = mode in (Mode.EMBEDDING, Mode.RERANKING)
+    size = options["context_size"]
+    trained = shape.trained_context or defaults.CONTEXT
+    size = trained if size == -1 else min(trained, defaults.CONTEXT) if size is None else size
+    usual = 1 if shape.recurrent else defaults.POOLED_PARALLEL if pooled else defaults.PARALLEL
+    parallel = options["parallel"] or usual
+    batch = size if pooled else min(options["batch_size"] or defaults.BATCH, max(size, defaults.LEAST_BATCH))
+    flash = defaults.flash_attention(
+        asked=options["flash_attention"],
+        on_gpu=bool(here.gpus) and options["gpu_layers"] != 0,
+        kv_type=options["kv_type"],
+        context_size=size,
+    )
+    usual_micro = defaults.PLAIN_MICRO_BATCH if flash is False else defaults.MICRO_BATCH
+    return Settings(
+        context_size=size,
+        parallel=parallel,
+        kv_type=options["kv_type"] or "f16",
+        gpu_layers=-1 if options["gpu_layers"] is None else options["gpu_layers"],
+        flash_attention=flash,
+        batch_size=batch,
+        micro_batch=size if pooled else min(options["micro_batch"] or usual_micro, batch),
+        mmap=options["mmap"],
+        tensor_split=None if options["tensor_split"] is None else tuple(options["tensor_split"]),
+        experts_on_cpu=options["experts_on_cpu"],
+        n_outputs_max=None if pooled else parallel,
+        pooled=pooled,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """llama.cpp's answer by device number: weights, cache with state, compute; and rearranged weights."""
+
+    held: Mapping[int, tuple[int, int, int]]
+    repacked: int
+
+
+def _ask(
+    header: Header, settings: Settings, here: Machine, *, exact: bool | None
+) -> tuple[_Measured | None, str]:
+    """Ask the probe; None and a reason when it cannot answer and formulas will do."""
+    if exact is False:
+        return None, ""
+    from nbinfer.gguf.strip import data_size, stripped
+    from nbinfer.memory.probe.client import (
+        PretendGPU,
+        ProbeFailed,
+        ProbeRefused,
+        ProbeUnavailable,
+        shared_probe,
+    )
+
+    bare = header.__dict__.get("_memory_bare")
+    if bare is None:
+        bare = header.__dict__["_memory_bare"] = stripped(header)
+    devices = [
+        PretendGPU(name=f"CUDA{i}", total=gpu.total, free=gpu.free, integrated=gpu.unified)
+        for i, gpu in enumerate(here.gpus)
+    ]
+    model: dict[str, Any] = {"n_gpu_layers": settings.gpu_layers}
+    if settings.tensor_split is not None:
+        model["tensor_split"] = list(settings.tensor_split)
+    if settings.experts_on_cpu:
+        model["experts_on_cpu"] = list(expert_patterns(settings.experts_on_cpu))
+    try:
+        answer = shared_probe().measure(
+            bare,
+            len(bare) + data_size(header),
+            devices=devices,
+            model=model,
+            context=_context(settings, here),
+        )
+    except (ProbeUnavailable, ProbeFailed) as problem:
+        if exact:
+            raise
+        return None, str(problem)
+    except ProbeRefused as refusal:
+        raise NotSupported(str(refusal)) from refusal
+    held = {CPU: answer.on("CPU")} | {i: answer.on(f"CUDA{i}") for i in range(len(devices))}
+    repacked = sum(row.model for row in answer.rows if "REPACK" in row.buffer)
+    return _Measured({i: (row.model, row.context, row.compute) for i, row in held.items()}, repacked), ""
+
+
+def _context(settings: Settings, here: Machine) -> dict[str, Any]:
+    flash = {None: -1, False: 0, True: 1}[settings.flash_attention]
+    context: dict[str, Any] = {
+        "n_ctx": settings.context_size,
+        "n_batch": settings.batch_size,
+        "n_ubatch": settings.micro_batch,
+        "n_seq_max": settings.parallel,
+        "kv_unified": settings.kv_unified,
+        "swa_full": settings.swa_full,
+        "flash_attn_type": flash,
+        "type_k": _GGML_TYPES[settings.kv_type],
+        "type_v": _GGML_TYPES[settings.kv_type],
+        "embeddings": settings.pooled,
+        "op_offload": settings.op_offload and bool(here.gpus),
+    }
+    if settings.n_outputs_max is not None:
+        context["n_outputs_max"] = settings.n_outputs_max
+    return context
+
+
+def _ram(
+    made: Layout,
+    shape: Shape,
+    settings: Settings,
+    here: Machine,
+    measured: _Measured | None,
+    sources: Mapping[str, str],
+) -> DeviceEstimate:
+    host = made.on(CPU)
+    weights, cache, compute, repacked = host.weights, host.cache, host.compute, host.repacked
+    if measured is not None:
+        weights, context, compute = measured.held[CPU]
+        cache, repacked = context - host.state, measured.repacked
+    # Mapped weights stay in the file; what is rearranged is copied out of it.
+    anonymous = repacked if settings.mmap else weights
+    vocabulary = _VOCABULARY_BYTES * shape.vocabulary
+    return DeviceEstimate(
+        name="RAM",
+        kind="ram",
+        weights=anonymous,
+        cache=cache,
+        state=host.state,
+        compute=compute,
+        output=made.output,
+        file_backed=made.mapped,
+        overhead=(_PROCESS_OVERHEAD[0] + vocabulary, _PROCESS_OVERHEAD[1] + vocabulary),
+        available=here.ram.available,
+        total=here.ram.total,
+        sources=sources,
+    )
+
+
+def _gpu(
+    made: Layout, number: int, gpu: Gpu, measured: _Measured | None, sources: Mapping[str, str]
+) -> DeviceEstimate:
+    held = made.on(number)
+    weights, cache, compute = held.weights, held.cache, held.compute
+    if measured is not None:
+        weights, context, compute = measured.held[number]
+        cache = context - held.state
+    return DeviceEstimate(
+        name=gpu.name if gpu.name.startswith("GPU") else f"GPU {gpu.index} ({gpu.name})",
+        kind="gpu",
+        weights=weights,
+        cache=cache,
+        state=held.state,
+        compute=compute,
+        overhead=_GPU_OVERHEAD,
+        available=gpu.free,
+        total=gpu.total,
+        sources=sources,
+    )
+
+
+def _add_companions(
+    devices: list[DeviceEstimate], options: Mapping[str, Any], here: Machine, settings: Settings
+) -> None:
+    """Add an image encoder's weights and a draft model, on the first GPU when there is one."""
+    place = 1 if here.gpus and settings.gpu_layers != 0 else 0
+    projector, draft = options.get("projector"), options.get("draft")
+    if projector is not None:
+        devices[place] = replace(devices[place], projector=projector.weights_bytes)
+    if draft is not None:
+        shape = Shape.of(draft)
+        with_draft = replace(settings, parallel=1, n_outputs_max=1, experts_on_cpu=False, tensor_split=None)
+        made = layout(shape, with_draft, [float(gpu.free) for gpu in here.gpus])
+        for number, held in made.held.items():
+            at = number + 1
+            mapped = held.weights - held.repacked if number == CPU and settings.mmap else 0
+            devices[at] = replace(
+                devices[at],
+                draft=devices[at].draft + held.total - mapped,
+                file_backed=devices[at].file_backed + mapped,
+            )

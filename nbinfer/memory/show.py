@@ -1,0 +1,125 @@
+"""An estimate as text for a terminal, and as bars for a notebook."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from nbinfer.contract.units import human_bytes
+
+if TYPE_CHECKING:
+    from nbinfer.memory.estimate import DeviceEstimate, Estimate
+
+_LABELS = {
+    "weights": "weights",
+    "cache": "KV cache",
+    "state": "state",
+    "compute": "compute",
+    "output": "output",
+    "projector": "image encoder",
+    "draft": "draft model",
+}
+# Told apart without colour as well: each segment's name and size stand in the legend, in the same order.
+_COLOURS = {
+    "weights": "#3b76c4",
+    "cache": "#c8741a",
+    "state": "#8c6bb1",
+    "compute": "#3f8f4f",
+    "output": "#6d7f2a",
+    "projector": "#b0508a",
+    "draft": "#7a6a58",
+    "overhead": "#8a8a8a",
+    "file_backed": "#7fa3d4",
+}
+_MARKS = {"fits": "✓", "tight": "!", "does not fit": "✗"}
+
+
+def parts(device: DeviceEstimate) -> list[tuple[str, str, int]]:
+    """(key, label, bytes) of what is on a device, in the order it is drawn; nothing that is empty."""
+    rows = [(key, label, getattr(device, key)) for key, label in _LABELS.items()]
+    rows.append(("overhead", "overhead", sum(device.overhead) // 2))
+    rows.append(("file_backed", "in the file", device.file_backed))
+    return [row for row in rows if row[2]]
+
+
+def text(estimate: Estimate) -> str:
+    """Lines for a terminal: the verdict, each device's parts, and what to change when it does not fit."""
+    lines = [f"{_MARKS[estimate.verdict]} {estimate.model}: {estimate.reason}", f"  {_asked(estimate)}"]
+    for device in estimate.devices:
+        shown = parts(device)
+        if not shown:
+            continue
+        head = f"{human_bytes(device.required)} of {human_bytes(device.available)} free"
+        lines.append(f"  {device.name}: {head}")
+        lines.append("    " + ", ".join(f"{label} {human_bytes(size)}" for _, label, size in shown))
+    lines += [f"  try: {advice.text}" for advice in estimate.advice()]
+    if estimate.note:
+        lines.append(f"  note: {estimate.note}")
+    return "\n".join(lines)
+
+
+def _asked(estimate: Estimate) -> str:
+    settings = estimate.settings
+    source = "asked of llama.cpp" if estimate.exact else "by formula"
+    words = [f"context {estimate.context_size:,}", f"{settings.parallel} at once", f"KV {settings.kv_type}"]
+    return ", ".join([*words, source])
+
+
+def html(estimate: Estimate) -> str:
+    """A stacked bar per device against what is free there; self-contained, legible in both themes."""
+    bars = "".join(_bar(device) for device in estimate.devices if parts(device))
+    advice = "".join(f"<li>{escape(a.text)}</li>" for a in estimate.advice())
+    tries = f'<div class="nbinfer-est-more">It fits with:<ul>{advice}</ul></div>' if advice else ""
+    note = f'<div class="nbinfer-est-more">{escape(estimate.note)}</div>' if estimate.note else ""
+    verdict = estimate.verdict.replace(" ", "-")
+    return (
+        f'{_STYLE}<div class="nbinfer-est"><div><b>{escape(estimate.model)}</b> '
+        f'<span class="nbinfer-est-{verdict}">{_MARKS[estimate.verdict]} {escape(estimate.reason)}'
+        "</span></div>"
+        f'<div class="nbinfer-est-more">{escape(_asked(estimate))}</div>{bars}{tries}{note}</div>'
+    )
+
+
+def _bar(device: DeviceEstimate) -> str:
+    shown = parts(device)
+    whole = max(device.available, sum(size for _, _, size in shown), 1)
+    segments = "".join(
+        f'<i style="width:{100 * size / whole:.2f}%;background:{_COLOURS[key]}" title="{escape(label)} '
+        f'{human_bytes(size)}"></i>'
+        for key, label, size in shown
+    )
+    edge = ""
+    if device.available < whole:
+        left = 100 * device.available / whole
+        edge = f'<b style="left:{left:.2f}%" title="free {human_bytes(device.available)}"></b>'
+    legend = "".join(
+        f'<span><i style="background:{_COLOURS[key]}"></i>{escape(label)} {human_bytes(size)}</span>'
+        for key, label, size in shown
+    )
+    head = f"{escape(device.name)}: {human_bytes(device.required)} of {human_bytes(device.available)} free"
+    return (
+        f'<div class="nbinfer-est-head">{head}</div>'
+        f'<div class="nbinfer-est-bar" role="img" aria-label="{head}">{segments}{edge}</div>'
+        f'<div class="nbinfer-est-legend">{legend}</div>'
+    )
+
+
+_STYLE = """<style>
+.nbinfer-est{color:var(--jp-ui-font-color1,#1f1f1f);background:var(--jp-layout-color0,#fff);max-width:46em;
+ padding:4px 2px;font-family:var(--jp-ui-font-family,sans-serif);font-size:13px;line-height:1.5}
+.nbinfer-est-more,.nbinfer-est-legend{color:var(--jp-ui-font-color2,#555);font-size:12px}
+.nbinfer-est-more ul{margin:0 0 0 1.2em;padding:0}
+.nbinfer-est-fits{color:var(--jp-success-color0,#1b5e20);font-weight:600}
+.nbinfer-est-tight{color:var(--jp-warn-color0,#8a4b00);font-weight:600}
+.nbinfer-est-does-not-fit{color:var(--jp-error-color0,#b71c1c);font-weight:600}
+[data-jp-theme-light="false"] .nbinfer-est-fits{color:#81c784}
+[data-jp-theme-light="false"] .nbinfer-est-tight{color:#ffb74d}
+[data-jp-theme-light="false"] .nbinfer-est-does-not-fit{color:#ef9a9a}
+.nbinfer-est-head{margin-top:6px}
+.nbinfer-est-bar{position:relative;display:flex;height:14px;overflow:hidden;border-radius:3px;
+ background:var(--jp-layout-color2,#e6e6e6)}
+.nbinfer-est-bar i{display:block;height:100%;box-shadow:inset -1px 0 var(--jp-layout-color0,#fff)}
+.nbinfer-est-bar b{position:absolute;top:0;bottom:0;width:2px;background:var(--jp-ui-font-color0,#000)}
+.nbinfer-est-legend span{margin-right:12px;white-space:nowrap}
+.nbinfer-est-legend i{display:inline-block;width:9px;height:9px;margin-right:4px;border-radius:2px}
+</style>"""
