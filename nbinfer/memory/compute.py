@@ -225,11 +225,12 @@ class _Builder:
     def _chosen(self) -> list[Block]:
         """Return the blocks to lay out: some of each kind from either end.
 
-        Places alternate from block to block, so an odd number of equal blocks stays odd. Recurrent blocks
-        among others, or on several devices, leave different gaps each time: then it is all of them.
+        Places alternate from block to block, so an odd number of equal blocks stays odd. All of them where
+        each leaves other gaps: recurrent blocks among others, and blocks that a GPU computes for main memory.
         """
-        mixed = len(set(self.placed)) > 1 or any(block.key_row for block in self.shape.blocks)
-        if self.small or (self.shape.recurrent and mixed):
+        among = len(set(self.placed)) > 1 or any(block.key_row for block in self.shape.blocks)
+        shared = self.graph.gpus > 0 and CPU in self.placed
+        if self.small or shared or (self.shape.recurrent and among):
             return self.shape.blocks
         kinds: dict[tuple[object, ...], list[Block]] = {}
         for block in self.shape.blocks:

@@ -183,12 +183,6 @@ def repacked_types() -> dict[str, int]:
     return _REPACK_AVX2 if "avx2" in flags else {}
 
 
-def repack_is_safe() -> bool:
-    """Whether nbinfer lets llama.cpp rearrange weights here; not where they would take the AMX path."""
-    return "amx_int8" not in _processor_flags()
-
-
-@cache
 def _processor_flags() -> frozenset[str]:
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - a stream
