@@ -89,7 +89,34 @@ def status(*, as_json: AsJson = False) -> None:
 def models(*, as_json: AsJson = False) -> None:
     """Show the models on this disk."""
     session: Any = import_module("nbinfer.session")
-    _print_frame(session.models(), as_json=as_json, empty="No models were found on this disk.")
+    found = session.models()
+    if not as_json and not found.empty:
+        found = _for_a_screen(found)
+    _print_frame(found, as_json=as_json, empty="No models were found on this disk.")
+
+
+def _for_a_screen(found: pd.DataFrame) -> pd.DataFrame:
+    """What fits into eighty columns; ``--json`` has everything."""
+    from nbinfer.contract.units import human_bytes
+
+    shown = found[["ref", "quantisation", "context", "modes"]].copy()
+    shown.insert(1, "size", found["size_bytes"].map(human_bytes))
+    if (found["problem"] != "").any():
+        shown["problem"] = found["problem"]
+    return shown
+
+
+@app.command()
+def pull(
+    ref: Annotated[
+        str, typer.Argument(metavar="REF", help="hf:owner/repo[:quant], or an address of a GGUF file.")
+    ],
+    *,
+    force: Annotated[bool, typer.Option(help="Also when it will not fit into memory here.")] = False,
+) -> None:
+    """Download a model; says first what memory it will take."""
+    session: Any = import_module("nbinfer.session")
+    print(session.pull(ref, force=force).path)
 
 
 @app.command()
@@ -105,11 +132,17 @@ def estimate(
     parallel: Annotated[int | None, typer.Option(help="Sequences decoded at once.")] = None,
     kv_type: Annotated[str | None, typer.Option(help="Type of the KV cache: f16, q8_0, q4_0, …")] = None,
     gpu_layers: Annotated[int | None, typer.Option(help="Layers on the GPU; all where there is one.")] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(help="Plan for a GPU of this memory, as 24GiB; several times for several."),
+    ] = None,
+    ram: Annotated[str | None, typer.Option(help="Plan for this much main memory.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what memory a model takes, and whether it fits, before anything loads."""
     memory: Any = import_module("nbinfer.memory")
-    options = {"context_size": ctx, "parallel": parallel, "kv_type": kv_type, "gpu_layers": gpu_layers}
+    options: dict[str, Any] = {"context_size": ctx, "parallel": parallel, "kv_type": kv_type}
+    options |= {"gpu_layers": gpu_layers, "gpus": gpu or None, "ram": ram}
     found = memory.estimate(ref, **{name: value for name, value in options.items() if value is not None})
     if as_json:
         _print_json(found.to_dict())

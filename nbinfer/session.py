@@ -31,6 +31,7 @@ from nbinfer.contract.requests import (
     Sampling,
 )
 from nbinfer.contract.results import Delta, Finished, Result
+from nbinfer.contract.units import human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
     from nbinfer.contract.schemas import Schema
     from nbinfer.engines.protocol import Engine, EngineInfo
     from nbinfer.engines.stream import Stream
-    from nbinfer.models import FoundModel
+    from nbinfer.models import FoundModel, ResolvedModel
+    from nbinfer.models.hub import RemoteModel
 
 _SAMPLING = tuple(f.name for f in dataclasses.fields(Sampling))
 OPTIONS = (
@@ -675,7 +677,7 @@ def load(
     if backend is not None and backends.get(backend).uses_external_model_management:
         return _load_external(str(ref), backend, mode=mode, name=name, options=backend_options)
     stay = None if keep_alive is None else KeepAlive.parse(keep_alive)
-    resolved = resolve(str(ref), aliases=session.aliases)
+    resolved = resolve(str(ref), aliases=session.aliases, confirm=None if force else _confirm_download)
     asked_mode = None if mode is None else _mode(mode)
     actual_mode = asked_mode or _natural_mode(resolved)
     options = {
@@ -769,6 +771,46 @@ def _load_external(
     )
     session.add(model)
     return model
+
+
+def pull(ref: str, *, force: bool = False) -> ResolvedModel:
+    """Download a model if it is not on this disk, and return its files.
+
+    Says what memory it will take before the first byte of weights: when it will not fit here, it asks, or
+    where nobody can be asked, raises.
+
+    Raises
+    ------
+    ModelNotFound, ModelLoadError
+        It cannot be found, or cannot be downloaded.
+    DoesNotFit
+        It will not fit, and ``force`` is not set.
+    """
+    from nbinfer.models import resolve
+
+    return resolve(ref, aliases=session.aliases, confirm=None if force else _confirm_download)
+
+
+def _confirm_download(remote: RemoteModel) -> None:
+    """Show the estimate of a model that is not here yet; stop the download of one that will not fit."""
+    from nbinfer.gguf import Header
+    from nbinfer.memory import estimate
+
+    header = remote.header
+    if not isinstance(header, Header):
+        return
+    made = estimate(header)
+    size = human_bytes(remote.n_bytes)
+    if made.verdict != "does not fit":
+        print(f"{remote.name}: {size} to download; {made.reason}.")  # noqa: T201 - said before a long wait
+        return
+    refusal = _refusal(remote.name, made).replace("loads it", "downloads it")
+    try:
+        answer = input(f"{refusal}\nDownload {size} all the same? [y/N] ")
+    except (EOFError, RuntimeError, OSError):  # nobody is there to answer
+        raise DoesNotFit(refusal) from None
+    if not answer.strip().lower().startswith("y"):
+        raise DoesNotFit(refusal)
 
 
 def _mode(asked: Mode | str) -> Mode:
@@ -980,7 +1022,7 @@ def _model_row(found: FoundModel) -> dict[str, Any]:
         "source": found.source,
         "size_bytes": found.size,
         "disk_bytes": found.disk_bytes,
-        "problem": found.problem or ("" if header is not None else "the header cannot be read"),
+        "problem": found.trouble or "",
     }
     if header is not None:
         row |= {

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import platform
 import time
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from nbinfer import session
-from nbinfer.contract.errors import ModelNotFound, NotSupported
+from nbinfer.contract.errors import ModelNotFound
 from nbinfer.magics.options import command_help, nbinfer_help
 from nbinfer.magics.parser import find_command
 from nbinfer.tables import table
@@ -32,7 +31,7 @@ def run(command: Command, given: Given, magics: NbInferMagics) -> Any:
         "unload": _unload,
         "ps": lambda *_: session.ps(),
         "status": lambda *_: session.status(),
-        "models": lambda *_: _find("nbinfer.session", "models", "the list of models on this machine")(),
+        "models": lambda *_: session.models(),
         "estimate": _estimate,
         "pull": _pull,
         "panel": _panel,
@@ -106,24 +105,19 @@ def _unload(_command: Command, given: Given, _magics: NbInferMagics) -> None:
 
 
 def _estimate(command: Command, given: Given, _magics: NbInferMagics) -> Any:
-    estimate = _find("nbinfer.memory", "estimate", "an estimate before the load")
+    from nbinfer.memory import estimate
+
     return estimate(given.words[0], **_keywords(command, given))
 
 
 def _pull(command: Command, given: Given, _magics: NbInferMagics) -> Any:
-    pull = _find("nbinfer.models", "pull", "downloading")
-    return pull(given.words[0], **_keywords(command, given))
+    return session.pull(given.words[0], **_keywords(command, given))
 
 
 def _panel(_command: Command, _given: Given, _magics: NbInferMagics) -> Any:
-    return _find("nbinfer.widgets", "panel", "the panel")()
+    from nbinfer.widgets import panel
 
-
-def _find(module: str, name: str, what: str) -> Any:
-    function = getattr(import_module(module), name, None)
-    if function is None:
-        raise NotSupported(f"{what} is not in this version of nbinfer.\nWhat there is: %nbinfer help.")
-    return function
+    return panel()
 
 
 def _alias(_command: Command, given: Given, _magics: NbInferMagics) -> Any:

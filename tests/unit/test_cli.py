@@ -64,23 +64,28 @@ def test_status_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_models_are_a_table_with_gaps_left_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_are_a_table_that_fits_a_screen_and_json_has_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     frame = pd.DataFrame(
         {
             "name": ["demo", "[red]x"],
+            "ref": ["demo", "[red]x"],
+            "quantisation": ["Q8_0", None],
+            "size_bytes": [1 << 20, 5],
             "context": [np.int64(512), None],
-            "modes": [["completion"], ["embedding", "x"]],
+            "modes": ["completion", "embedding, x"],
+            "problem": ["", "broken header"],
         }
     )
-    monkeypatch.setattr(session, "models", lambda: frame, raising=False)
+    monkeypatch.setattr(session, "models", lambda: frame)
     output = run("models")
-    for words in ("name", "demo", "[red]x", "embedding, x", "512"):
+    for words in ("demo", "[red]x", "embedding, x", "512", "1 MiB", "broken"):
         assert words in output
     assert "nan" not in output.lower()
-    assert json.loads(run("models", "--json")) == [
-        {"name": "demo", "context": 512.0, "modes": ["completion"]},
-        {"name": "[red]x", "context": None, "modes": ["embedding", "x"]},
-    ]
+    assert max(map(len, output.splitlines())) <= 80
+    rows = json.loads(run("models", "--json"))
+    assert (rows[0]["size_bytes"], rows[1]["context"], rows[1]["ref"]) == (1 << 20, None, "[red]x")
 
 
 def test_no_models_is_said_in_words_and_an_empty_list(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ from support.fake_engine import FakeEngine
 from support.notebook import Notebook, notebook
 
 from nbinfer import session
-from nbinfer.contract.errors import NotSupported
 from nbinfer.magics import commands
 from nbinfer.magics.options import COMMANDS
 from nbinfer.session import Model
@@ -135,17 +134,19 @@ def test_the_help_lists_all_commands(nb: Notebook, line: str) -> None:
         nb.run("%nbinfer help laod")
 
 
-@pytest.mark.parametrize(("line", "room"), [("pull x", "nbinfer.models"), ("panel", "nbinfer.widgets")])
-def test_what_is_not_there_yet_says_so_and_what_is_works(
-    nb: Notebook, monkeypatch: pytest.MonkeyPatch, line: str, room: str
+@pytest.mark.parametrize(
+    ("line", "target"),
+    [
+        ("pull x", "nbinfer.session.pull"),
+        ("panel", "nbinfer.widgets.panel"),
+        ("models", "nbinfer.session.models"),
+    ],
+)
+def test_commands_are_the_python_functions(
+    nb: Notebook, monkeypatch: pytest.MonkeyPatch, line: str, target: str
 ) -> None:
-    module = __import__(room, fromlist=["x"])
-    name = line.split()[0]
-    monkeypatch.setattr(module, name, lambda *words: ("called", *words), raising=False)
+    monkeypatch.setattr(target, lambda *words, **_options: ("called", *words))
     assert nb.run(f"%nbinfer {line}") == ("called", *line.split()[1:])
-    monkeypatch.delattr(module, name)
-    with pytest.raises(NotSupported, match="not in this version"):
-        nb.run(f"%nbinfer {line}")
 
 
 def test_estimate_is_the_python_function(nb: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:

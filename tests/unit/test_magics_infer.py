@@ -414,14 +414,11 @@ def test_an_answer_that_misses_its_schema_keeps_its_text(nb: Notebook, fake: Fak
         ("%nbinfer load --mod x y", ["UsageError", "--mode"]),
         ("%nbinfer unload nope", ["ModelNotFound", "fake"]),
         ("%nbinfer alias nope", ["ModelNotFound", "%nbinfer alias nope REF"]),
-        ("%nbinfer panel", ["NotSupported"]),
     ],
 )
 def test_a_mistake_is_at_most_five_lines_and_names_the_fix(
     nb: Notebook, fake: FakeEngine, capsys: pytest.CaptureFixture[str], cell: str, parts: list[str]
 ) -> None:
-    if cell == "%nbinfer panel" and hasattr(__import__("nbinfer.widgets").widgets, "panel"):
-        pytest.skip("there is a panel now")
     nb.set(person="x", Person=Person)
     capsys.readouterr()
     with pytest.raises((UsageError, Exception)):
