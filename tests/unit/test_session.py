@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -352,8 +353,7 @@ def test_importing_nbinfer_imports_nothing_heavy(forbidden: str) -> None:
 
 
 def test_models_is_the_function_whatever_was_imported() -> None:
-    import nbinfer.models.resolve  # noqa: F401 - importing the room is what is tested
-
+    importlib.import_module("nbinfer.models.resolve")
     assert "demo" in nb.models()["ref"].tolist()
     assert callable(nb.models)
 
@@ -376,3 +376,50 @@ def test_without_the_engine_the_install_line_is_the_error(monkeypatch: pytest.Mo
     finally:
         monkeypatch.undo()
         library.library.cache_clear()
+
+
+# -- downloads ------------------------------------------------------------------------------------------
+
+
+class Remote:
+    """What the confirm hook sees of a model that is not here yet."""
+
+    name, n_bytes = "big-model", 5 << 30
+
+    def __init__(self) -> None:
+        from nbinfer.gguf import read_header
+        from nbinfer.models.demo import demo_path
+
+        self.header = read_header(demo_path())
+
+
+@pytest.mark.parametrize(
+    ("answer", "allowed"), [("y", True), ("Yes", True), ("n", False), ("", False), (EOFError(), False)]
+)
+def test_a_download_that_will_not_fit_is_asked_about(
+    monkeypatch: pytest.MonkeyPatch, answer: str | Exception, allowed: bool
+) -> None:
+    from nbinfer.memory.machine import Machine, Ram
+
+    small = Machine(ram=Ram(total=1 << 20, available=1 << 20))
+    monkeypatch.setattr(importlib.import_module("nbinfer.memory.estimate"), "machine", lambda: small)
+
+    def reply(_prompt: str) -> str:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("builtins.input", reply)
+    remote: Any = Remote()
+    if allowed:
+        sessions._confirm_download(remote)
+        return
+    with pytest.raises(MemoryError, match="does not fit") as caught:
+        sessions._confirm_download(remote)
+    assert len(str(caught.value).splitlines()) <= 5
+
+
+def test_a_download_that_fits_says_its_size_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    remote: Any = Remote()
+    sessions._confirm_download(remote)
+    assert "5 GiB to download" in capsys.readouterr().out
