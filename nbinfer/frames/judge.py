@@ -57,7 +57,7 @@ class ScoreWork:
     def constants(self, model: FrameModel) -> dict[str, Any]:
         """Return what all rows share and results depend on, as JSON."""
         shared = self.base.constants(model)
-        keep = ("backend", "weights", "adapters", "kv_type", "system", "raw", "think")
+        keep = ("backend", "weights", "adapters", "kv_type", "exact", "system", "raw", "think")
         return {"op": "score", "answers": list(self.answers), **{name: shared[name] for name in keep}}
 
     def window(self, info: EngineInfo) -> int:

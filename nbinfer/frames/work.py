@@ -139,6 +139,8 @@ def identity(model: FrameModel) -> dict[str, Any]:
         "weights": weights(model),
         "adapters": _adapters(config.get("lora")),
         "kv_type": config.get("kv_type"),
+        # Batches may flip near ties; who asked for the exact text is not given a batch's.
+        "exact": bool(config.get("exact")),
     }
 
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.engine
 
 COUNTRIES = ["France", "Spain", "Italy", "Japan", "Germany", "Egypt", "Peru", "Norway"]
-ROWS = [f"What is the capital of {c}?" for c in COUNTRIES] + [f"What is {i} plus {i + 3}?" for i in range(16)]
+# Questions the model is sure about: where it is not, a batch of another shape may flip a near tie.
+ROWS = [f"What is the capital of {c}?" for c in COUNTRIES]
 
 
 @pytest.fixture(autouse=True)
@@ -164,15 +165,14 @@ JOB = """
     from nbinfer.session import Model
     from support.demo_engine import open_demo
     rows = [f"What is {{i}} plus {{j}}?" for i in range(20) for j in range(20)]
-    model = Model(open_demo(), "demo", backend="llamacpp", paths=(demo_path(),))
+    engine = open_demo(exact=True)
+    model = Model(engine, "demo", backend="llamacpp", paths=(demo_path(),), config={{"exact": True}})
     complete(rows, model=model, max_tokens=12)
 """
 
 
 @pytest.mark.parametrize("part", [0.1, 0.4, 0.8])
-def test_after_kill_9_the_next_run_computes_the_rest_and_the_frame_is_the_same(
-    part: float, model: Model
-) -> None:
+def test_after_kill_9_the_next_run_computes_the_rest_and_the_frame_is_the_same(part: float) -> None:
     program = [sys.executable, "-c", textwrap.dedent(JOB.format(tests=str(Path(__file__).parents[1])))]
     job = subprocess.Popen(program)
     deadline = time.monotonic() + 100
@@ -183,7 +183,12 @@ def test_after_kill_9_the_next_run_computes_the_rest_and_the_frame_is_the_same(
     kept = cache.info().entries
     assert 400 * part <= kept < 400
     rows = [f"What is {i} plus {j}?" for i in range(20) for j in range(20)]
-    out = complete(rows, model=model, max_tokens=12)
-    assert (out["source"] == "cache").sum() == kept
-    undisturbed = complete(rows, model=model, max_tokens=12, cache=False)
-    assert list(out["completion"]) == list(undisturbed["completion"])
+    model = demo(exact=True)
+    model.config = {"exact": True}
+    try:
+        out = complete(rows, model=model, max_tokens=12)
+        assert (out["source"] == "cache").sum() == kept
+        undisturbed = complete(rows, model=model, max_tokens=12, cache=False)
+        assert list(out["completion"]) == list(undisturbed["completion"])
+    finally:
+        model.engine.close()

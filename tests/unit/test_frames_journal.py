@@ -107,6 +107,8 @@ def test_other_adapters_and_cache_types_never_share_an_answer(tmp_path: Path) ->
     for config, computed in (
         ({}, 1),
         ({"kv_type": "q8_0"}, 1),
+        ({"exact": True}, 1),
+        ({"exact": False}, 0),
         ({"lora": one}, 1),
         ({"lora": two}, 1),
         ({"lora": {"one": one}}, 1),
