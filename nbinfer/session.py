@@ -701,7 +701,8 @@ def load(
     ):
         return known
     adapter = backends.for_format(resolved.format, backend)
-    estimate = _fits(resolved, actual_mode, asked, force=force)
+    # The sidecar knows its own room, and can make some.
+    estimate = _fits(resolved, actual_mode, asked, force=force or where == "sidecar")
     began = time.perf_counter()
     if known is not None:
         known.unload()

@@ -220,6 +220,10 @@ class LlamaCppBackend:
                 raise ConfigError(_unknown(option, known))
         return open_engine(path, mode=mode, name=name, **options)
 
+    def flag_options(self, flags: Sequence[str]) -> dict[str, Any]:
+        """Return the engine's options that a list of flags stands for; see :func:`flag_options`."""
+        return flag_options(flags)
+
     def run(
         self,
         socket: str,

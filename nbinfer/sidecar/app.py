@@ -16,7 +16,16 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from nbinfer.contract.errors import EngineClosed, ModelNotFound, NbinferError, NotSupported, SchemaError
+from nbinfer.contract.errors import (
+    EngineClosed,
+    EngineError,
+    ModelNotFound,
+    NbinferError,
+    NotSupported,
+    SchemaError,
+)
+from nbinfer.contract.modes import Mode
+from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest, RerankRequest
 from nbinfer.contract.results import Delta, Finished, PromptProgress, Result, Usage
 from nbinfer.engines.remote.wire import (
     details_to_json,
@@ -60,7 +69,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
     from typing import TypeVar
 
-    from nbinfer.contract.requests import CompletionRequest
     from nbinfer.contract.results import EmbeddingResult, Event, RerankResult, ScoreResult
     from nbinfer.engines.protocol import Engine
     from nbinfer.engines.stream import Stream
@@ -80,6 +88,9 @@ class Served:
         None until it is loaded.
     stage, fraction
         How far the load is: a word, and 0 to 1.
+    on_dead
+        Called when the engine turns out to have ended by itself; a process that only answers that would
+        never be replaced.
     """
 
     names: tuple[str, ...]
@@ -87,6 +98,25 @@ class Served:
     stage: str = "starting"
     fraction: float = 0.0
     created: int = field(default_factory=lambda: int(time.time()))
+    on_dead: Callable[[], None] | None = None
+
+    def suspect(self, error: BaseException) -> None:
+        """Find out whether the engine survived an error of its own."""
+        if self.engine is None or self.on_dead is None or not isinstance(error, EngineError):
+            return
+        probe: EmbeddingRequest | RerankRequest | CompletionRequest
+        if self.engine.info.mode == Mode.EMBEDDING:
+            probe = EmbeddingRequest(texts=["?"])
+        elif self.engine.info.mode == Mode.RERANKING:
+            probe = RerankRequest(query="?", documents=["?"])
+        else:
+            probe = CompletionRequest(prompt="?", max_tokens=1)
+        try:
+            self.engine.submit(probe).cancel()
+        except EngineClosed:
+            self.on_dead()
+        except NbinferError:
+            return
 
     def get(self, name: str | None) -> Engine:
         """Return the engine, when ``name`` is this model's.
@@ -123,17 +153,18 @@ def make_app(served: Served, *, metrics: Metrics | None = None) -> FastAPI:
         default_response_class=SafeJSONResponse,
     )
     counters = metrics or Metrics(lambda: served.engine)
-    _add_error_handlers(api)
+    _add_error_handlers(api, served)
     _add_plain_routes(api, served, counters)
     _add_completion_routes(api, served, counters)
     _add_pooled_routes(api, served, counters)
     return api
 
 
-def _add_error_handlers(api: FastAPI) -> None:
+def _add_error_handlers(api: FastAPI, served: Served) -> None:
     @api.exception_handler(NbinferError)
     async def known(request: Request, error: NbinferError) -> Response:
         del request
+        await asyncio.to_thread(served.suspect, error)
         return error_response(error)
 
     @api.exception_handler(RequestValidationError)
@@ -233,7 +264,7 @@ def _add_completion_routes(api: FastAPI, served: Served, counters: Metrics) -> N
         asked = body.request()
         answer = _Chat(served.names[0], body)
         streams = await _submit(engine, _fan_out(asked, body.answers()))
-        return await _respond(request, body, answer, streams, counters)
+        return await _respond(request, served, body, answer, streams, counters)
 
     @api.post("/v1/completions")
     async def text(body: TextBody, request: Request) -> Response:
@@ -241,7 +272,7 @@ def _add_completion_routes(api: FastAPI, served: Served, counters: Metrics) -> N
         asked = [each for one in body.requests() for each in _fan_out(one, body.answers())]
         answer = _Text(served.names[0], body)
         streams = await _submit(engine, asked)
-        return await _respond(request, body, answer, streams, counters)
+        return await _respond(request, served, body, answer, streams, counters)
 
 
 def _add_pooled_routes(api: FastAPI, served: Served, counters: Metrics) -> None:  # noqa: C901 - a list of routes
@@ -425,13 +456,14 @@ def _cut_short(error: SchemaError) -> Result:
 
 async def _respond(
     request: Request,
+    served: Served,
     body: ChatBody | TextBody,
     answer: _Chat | _Text,
     streams: list[Stream],
     counters: Metrics,
 ) -> Response:
     if body.stream:
-        events = _stream_body(request.url.path, body, answer, streams, counters)
+        events = _stream_body(request.url.path, served, body, answer, streams, counters)
 
         async def done() -> None:
             for stream in streams:
@@ -457,7 +489,12 @@ def _details(results: Sequence[Result]) -> dict[str, Any]:
 
 
 async def _stream_body(  # noqa: C901, PLR0912 - one branch per kind of event
-    path: str, body: ChatBody | TextBody, answer: _Chat | _Text, streams: list[Stream], counters: Metrics
+    path: str,
+    served: Served,
+    body: ChatBody | TextBody,
+    answer: _Chat | _Text,
+    streams: list[Stream],
+    counters: Metrics,
 ) -> AsyncIterator[bytes]:
     began = time.perf_counter()
     results: list[Result | None] = [None] * len(streams)
@@ -471,6 +508,7 @@ async def _stream_body(  # noqa: C901, PLR0912 - one branch per kind of event
             if isinstance(event, Exception) and not isinstance(event, SchemaError):
                 counters.note_failed(path)
                 yield sse(error_to_json(event)[1])
+                await asyncio.to_thread(served.suspect, event)
                 return
             if isinstance(event, PromptProgress):
                 if getattr(body, "return_progress", False):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbinfer.backends.process import ERROR_MARK
-from nbinfer.contract.errors import NbinferError
+from nbinfer.contract.errors import EngineError, NbinferError
 from nbinfer.contract.modes import Mode
 from nbinfer.engines.remote.wire import error_to_json
 
@@ -78,6 +78,11 @@ async def _serve(spec: dict[str, Any]) -> int:
             failed.append(error)
             loop.call_soon_threadsafe(stop)
 
+    def dead() -> None:
+        failed.append(EngineError(f"{served.names[0]}: the engine stopped by itself."))
+        loop.call_soon_threadsafe(stop)
+
+    served.on_dead = dead
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
     threading.Thread(target=orphaned, name="nbinfer-guard", daemon=True).start()

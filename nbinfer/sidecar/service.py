@@ -41,6 +41,7 @@ from nbinfer.contract.errors import (
 from nbinfer.contract.flags import check_flags
 from nbinfer.contract.keepalive import KeepAlive
 from nbinfer.contract.modes import Mode, mode_for_path, mode_from_json
+from nbinfer.engines.remote.engine import ignore_late_wakeups
 from nbinfer.engines.remote.wire import STOPPING, RunnerLost, error_body, error_to_json
 from nbinfer.sidecar import discovery
 from nbinfer.sidecar.answers import sse
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from concurrent.futures import Future
 
+    from nbinfer.backends import Backend
     from nbinfer.contract.memory import RequiredMemory
 FIRST_SECONDS = 20.0
 """How long a sidecar that a kernel started waits for its first use before it goes."""
@@ -229,7 +231,7 @@ class SidecarService:
             digest=str(given.get("digest") or ""),
             names=(exact,),
         )
-        size = runner_size(real, options, gpus=len(self._budget.vram))
+        size = runner_size(real, mode, config, {**_flag_options(adapter, config), **options})
         made = Wanted(key=key, name=name, size=size, keep_alive=keep_alive, detail=recipe)
         for each in (name, exact):
             self._names[each, mode] = made
@@ -321,7 +323,7 @@ class SidecarService:
         )
 
     async def _plan(self, request: Request) -> Response:
-        wanted = self.wanted(await _json(request))
+        wanted = await asyncio.to_thread(self.wanted, await _json(request))
         going = [entry.wanted.name for entry in self.loader.plan(wanted)]
         return SafeJSONResponse({"would_unload": going, "needs": wanted.size.to_json()})
 
@@ -356,7 +358,7 @@ class SidecarService:
 
     async def _hold(self, request: Request) -> Response:
         """Load a model and keep it for as long as this stream is open."""
-        wanted = self.wanted(await _json(request))
+        wanted = await asyncio.to_thread(self.wanted, await _json(request))
         if self.stopping.is_set():
             raise ServiceStopping("the sidecar is stopping.")
         self._used = True
@@ -560,6 +562,13 @@ class SidecarService:
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
+def _flag_options(adapter: Backend, config: ModelConfig) -> dict[str, Any]:
+    """Return the options that a configuration's flags stand for, where the backend has any."""
+    read = getattr(adapter, "flag_options", None)
+    found: dict[str, Any] = {} if read is None else read(config.runtime_flags or ())
+    return found
+
+
 def _preloaded(future: Future[Use]) -> None:
     if future.cancelled():
         return
@@ -650,6 +659,7 @@ async def run(options: Options, on_ready: Callable[[discovery.Service], None] | 
         servers.append((server(guard), listener))
         described |= {"address": f"http://127.0.0.1:{listener.getsockname()[1]}", "token": token}
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(ignore_late_wakeups)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, service.stopping.set)
     serving = [asyncio.create_task(each.serve(sockets=[listener])) for each, listener in servers]

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nbinfer.contract.errors import NbinferError
 from nbinfer.contract.memory import RequiredMemory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from nbinfer.contract.config import ModelConfig
+    from nbinfer.contract.modes import Mode
+
 RUNNER_BYTES = 192 * 2**20
 """RAM of a runner's process before it loads anything: the interpreter, the server, the engine's library."""
 RAM_SHARE = 0.9
 """Share of the memory free at the sidecar's start that its models may take; the rest is for others."""
 VRAM_SHARE = 0.95
+# The options that change what a model takes.
+_ESTIMATED = (
+    "parallel",
+    "kv_type",
+    "gpu_layers",
+    "flash_attention",
+    "batch_size",
+    "micro_batch",
+    "mmap",
+    "tensor_split",
+    "projector",
+)
 
 
 def default_budget() -> RequiredMemory:
@@ -40,11 +56,34 @@ def _free_vram() -> tuple[int, ...]:
         return ()
 
 
-def runner_size(path: Path, options: Mapping[str, Any], *, gpus: int) -> RequiredMemory:
+def runner_size(path: Path, mode: Mode, config: ModelConfig, options: Mapping[str, Any]) -> RequiredMemory:
     """Return what a runner of a model will take, without loading it.
 
-    A bound from the files' size: the weights, a quarter of them for the KV cache and the work buffers, and
-    the process. With GPUs, the weights count on the first one, and as much again of RAM while they are read.
+    The estimate of the model, by formulas, with the pages of its file and the process itself; for a file that
+    allows none, a bound from its size.
+    """
+    from nbinfer.memory import estimate
+    from nbinfer.models import resolve
+
+    given = {name: options[name] for name in _ESTIMATED if options.get(name) is not None}
+    if config.context_size is not None:
+        given["context_size"] = config.context_size
+    if config.speculative is not None and config.speculative.draft_model is not None:
+        given["draft"] = config.speculative.draft_model
+    try:
+        if resolve(path).format != "gguf":
+            return bound(path, options, gpus=len(_free_vram()))
+        made = estimate(path, mode=mode, exact=False, **given)
+    except NbinferError:
+        return bound(path, options, gpus=len(_free_vram()))
+    return made.required + RequiredMemory(RUNNER_BYTES + made.ram.file_backed)
+
+
+def bound(path: Path, options: Mapping[str, Any], *, gpus: int) -> RequiredMemory:
+    """Return a bound from the size of a model's files.
+
+    The weights, a quarter of them for the KV cache and the work buffers, and the process. With GPUs, the
+    weights count on the first one.
     """
     files = path.rglob("*") if path.is_dir() else path.parent.glob(_parts(path))
     weights = sum(file.stat().st_size for file in files if file.is_file())

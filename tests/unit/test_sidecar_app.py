@@ -190,6 +190,27 @@ def test_an_error_in_the_middle_of_a_stream_is_its_last_event(serve: Callable[..
     assert texts(chunks[:-1]) == "one "
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_ended_by_itself_is_reported_to_whoever_can_replace_it(
+    serve: Callable[..., Api], stream: bool
+) -> None:
+    def script(request: CompletionRequest) -> list[Any]:
+        if "three" in str(request.messages):
+            api.engine.closed = True  # from here on it refuses everything
+        return ["one ", EngineError("the engine stopped")]
+
+    api = serve(FakeEngine(script))
+    reported = threading.Event()
+    api.served.on_dead = reported.set
+    api.post("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": "one"}]})
+    assert not reported.is_set(), "an error of one request is not the engine's end"
+    if stream:
+        assert api.stream()[-1]["error"]["message"] == "the engine stopped"
+    else:
+        assert api.post("/v1/chat/completions", CHAT)[0] == 500
+    assert reported.wait(5)
+
+
 def test_an_answer_cut_before_it_fits_its_schema_ends_with_length(serve: Callable[..., Api]) -> None:
     def script(request: CompletionRequest) -> list[Any]:
         return ['{"a', SchemaError("cut after 1 token", raw='{"a')]

@@ -23,7 +23,7 @@ from nbinfer.contract.errors import ConfigError, ContextOverflow, NbinferError, 
 from nbinfer.contract.memory import RequiredMemory
 from nbinfer.engines.remote.wire import RunnerLost, error_from_json, error_to_json
 from nbinfer.sidecar.commands import parse_bytes
-from nbinfer.sidecar.sizes import runner_size
+from nbinfer.sidecar.sizes import RUNNER_BYTES, bound, runner_size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -299,12 +299,26 @@ def test_a_runners_size_grows_with_its_files(tmp_path: Path) -> None:
     for i in (1, 2):
         (tmp_path / f"m[1]-0000{i}-of-00002.gguf").write_bytes(b"x" * 4_000_000)
     (tmp_path / "other.gguf").write_bytes(b"x" * 400_000)
-    split = runner_size(tmp_path / "m[1]-00001-of-00002.gguf", {}, gpus=0)
-    single = runner_size(tmp_path / "other.gguf", {}, gpus=0)
+    split = bound(tmp_path / "m[1]-00001-of-00002.gguf", {}, gpus=0)
+    single = bound(tmp_path / "other.gguf", {}, gpus=0)
     assert split.ram - single.ram == 10_000_000 - 500_000
-    on_gpu = runner_size(tmp_path / "other.gguf", {}, gpus=2)
+    on_gpu = bound(tmp_path / "other.gguf", {}, gpus=2)
     assert on_gpu.vram == (500_000, 0)
-    assert runner_size(tmp_path / "other.gguf", {"gpu_layers": 0}, gpus=2) == RequiredMemory(single.ram)
+    assert bound(tmp_path / "other.gguf", {"gpu_layers": 0}, gpus=2) == RequiredMemory(single.ram)
+
+
+def test_a_runners_size_is_the_models_estimate_and_the_process() -> None:
+    from nbinfer.contract.config import ModelConfig
+    from nbinfer.contract.modes import Mode
+    from nbinfer.models.demo import demo_path
+
+    sizes = [
+        runner_size(
+            demo_path(), Mode.COMPLETION, ModelConfig(context_size=n), {"parallel": 1, "gpu_layers": 0}
+        )
+        for n in (256, 1024)
+    ]
+    assert RUNNER_BYTES < sizes[0].ram < sizes[1].ram < RUNNER_BYTES + 2**28
 
 
 def test_a_runner_that_nobody_started_properly_ends_by_itself() -> None:
