@@ -124,8 +124,8 @@ class Controller(Watched):
 
     # -- commands -----------------------------------------------------------------------------------------
 
-    def plan(self, ref: str, settings: Mapping[str, Any], *, seq: int = 0) -> None:
-        """Plan a model by formula now, and ask for the exact answer.
+    def plan(self, ref: str, settings: Mapping[str, Any]) -> None:
+        """Plan a model now, with the exact answer where there is one.
 
         Raises
         ------
@@ -133,22 +133,31 @@ class Controller(Watched):
             There is no such model, or it cannot be read or planned.
         """
         self._newest_plan += 1
-        self._show_plan(self._newest_plan, ref, settings, seq)
+        number = self._newest_plan
+        self._settle(number, ref, 0, self._show_plan(ref, settings, 0))
 
-    def _show_plan(self, number: int, ref: str, settings: Mapping[str, Any], seq: int) -> None:
+    def _show_plan(self, ref: str, settings: Mapping[str, Any], seq: int) -> Row:
+        """Show the formulas' answer; return the whole settings."""
         plan = self._planner.quick(ref, settings)
-        self.state.set(plan={**plan, "ref": ref, "seq": seq, "settling": True, "error": ""})
-        self._exact.put(lambda: self._settle(number, ref, seq, plan["settings"]), key="settle")
+        self._publish({**plan, "ref": ref, "seq": seq, "settling": True, "error": ""})
+        whole: Row = plan["settings"]
+        return whole
 
     def _plan(self, number: int, row: Row) -> None:
         ref, seq = str(row.get("ref", "")), row.get("seq", 0)
         try:
-            self._show_plan(number, ref, row.get("settings") or {}, seq)
+            settings = self._show_plan(ref, row.get("settings") or {}, seq)
         except NbinferError as error:
             self.state.set(plan={"ref": ref, "seq": seq, "error": str(error), "settling": False})
+            return
+
+        def settle() -> None:
+            time.sleep(self._settle_seconds)
+            self._settle(number, ref, seq, settings)
+
+        self._exact.put(settle, key="settle")
 
     def _settle(self, number: int, ref: str, seq: int, settings: Row) -> None:
-        time.sleep(self._settle_seconds)
         if number != self._newest_plan or self.closed:
             return
         try:
@@ -156,7 +165,15 @@ class Controller(Watched):
         except NbinferError as error:  # the formulas' answer stands
             plan = {**self.state["plan"], "source": f"by formula. {words.short(str(error))}"}
         if number == self._newest_plan:
-            self.state.set(plan={**plan, "settling": False})
+            self._publish({**plan, "settling": False})
+
+    def _publish(self, plan: Row) -> None:
+        # The curve is large and changes seldom: it travels by itself, not with every move of a slider.
+        rows = plan.pop("curve", None)
+        if rows:
+            of = {key: plan["settings"][key] for key in ("kv_type", "gpu_layers", "parallel")}
+            self.state.set(curve={"of": {"ref": plan["ref"], **of}, "rows": rows})
+        self.state.set(plan=plan)
 
     def _load(self, row: Row) -> None:
         ref = str(row.get("ref", ""))

@@ -111,13 +111,17 @@ class _Measured:
     def of(self, model: Model) -> int | None:
         """Return bytes on all devices together, or None when the engine does not say."""
         if model not in self._known:
-            from nbinfer.memory import breakdown
-
-            breakdown(0)  # the first answer takes a while, in which the model could be unloaded
-            devices = model.measured_memory()
-            known = None if devices is None else sum(sum(held.values()) for held in devices.values())
-            self._known[model] = known
+            self._known[model] = self._ask(model)
         return self._known[model]
+
+    def _ask(self, model: Model) -> int | None:
+        if getattr(model.engine, "context_pointer", None) is None:
+            return None
+        from nbinfer.memory import breakdown
+
+        breakdown(0)  # the first answer takes a while, in which the model could be unloaded
+        devices = model.measured_memory()
+        return None if devices is None else sum(sum(held.values()) for held in devices.values())
 
 
 _MEASURED = _Measured()

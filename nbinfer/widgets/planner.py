@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nbinfer import session
-from nbinfer.contract.errors import NbinferError, NotSupported
+from nbinfer.contract.errors import GGUFParseError, NbinferError, NotSupported
+from nbinfer.contract.units import human_bytes
+from nbinfer.memory.show import parts
 from nbinfer.widgets import words
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from nbinfer.memory.machine import Machine
-    from nbinfer.models.resolve import ResolvedModel
+    from nbinfer.memory import DeviceEstimate, Estimate, Machine
     from nbinfer.models.stores import FoundModel
     from nbinfer.widgets.state import Row
 
@@ -25,6 +28,10 @@ _MOST_AT_ONCE = 16
 _STEPS_PER_DOUBLING = 4
 _CELLS = 256
 _HIGH, _FULL = 0.8, 0.93
+_FRESH_SECONDS = 2.0
+
+VERDICT_KINDS = {"fits": "ok", "tight": "warn", "does not fit": "error"}
+"""The colour of a verdict."""
 
 
 class Planner(Protocol):
@@ -40,6 +47,8 @@ class Planner(Protocol):
 
     def quick(self, ref: str, settings: Mapping[str, Any]) -> Row:
         """Return a plan by formula, at once; ``settings`` may lack some, the plan's are whole.
+
+        An exact plan also has a ``curve``: its bars at every stop of the context slider, by formula.
 
         Raises
         ------
@@ -80,7 +89,7 @@ def machine_part(machine: Machine) -> Row:
     for gpu in machine.gpus:
         name = f"GPU {gpu.index}, {gpu.name}" + (" (shares RAM)" if gpu.unified else "")
         rows.append(_device_row(f"gpu{gpu.index}", name, gpu.used, gpu.total))
-    return {"rows": rows, "text": machine.gpu_status}
+    return {"rows": rows, "text": f"GPU: {machine.gpu_status}" if machine.gpu_status else ""}
 
 
 def _device_row(key: str, name: str, used: int, total: int) -> Row:
@@ -113,66 +122,185 @@ def _number(value: Any, least: int, most: int, usual: int) -> int:
 
 
 class MemoryPlanner:
-    """The planner of this machine."""
+    """The planner of this machine; may be asked from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._base: tuple[str, float, Estimate] | None = None
+        self._curve: tuple[tuple[Any, ...], list[list[Row]]] | None = None
+        self._advice: tuple[str, list[Row]] = ("", [])
 
     def machine(self) -> Row:
         """Return main memory and GPUs as they are now."""
-        return machine_part(self._machine())
+        from nbinfer.memory import machine
 
-    def _machine(self) -> Machine:
-        from nbinfer.memory.machine import machine
-
-        return machine()
+        return machine_part(machine())
 
     def verdict(self, model: FoundModel) -> Row:
-        """Return no verdict: this version has no estimate."""
-        del model
-        return {"word": "", "kind": ""}
+        """Return whether a model fits with its default settings, by formula; no word without one."""
+        from nbinfer.gguf import Header
+        from nbinfer.memory import estimate
+
+        if not isinstance(model.header, Header):
+            return {"word": "", "kind": ""}
+        try:
+            found = estimate(model.header, projector=model.projector, exact=False).verdict
+        except NbinferError:
+            return {"word": "", "kind": ""}
+        return {"word": found, "kind": VERDICT_KINDS[found]}
 
     def quick(self, ref: str, settings: Mapping[str, Any]) -> Row:
-        """Return a plan by formula."""
-        from nbinfer.models import resolve
-
-        resolved = resolve(ref, aliases=session.session.aliases)
-        limits = self._limits(resolved)
-        plan: Row = {
-            "name": resolved.name,
-            "settings": whole_settings(settings, limits),
-            "limits": limits,
-            "bars": [],
-            "segments": [],
-            "curve": [],
-            "verdict": {"word": "unknown", "kind": "off", "text": ""},
-            "advice": [],
-            "source": "",
-        }
-        if resolved.format != "gguf":
-            reason = f"there is no estimate for {resolved.format} files yet; it can be loaded without."
-        else:
-            reason = "there is no estimate in this version; it can be loaded without."
-        plan["verdict"]["text"] = reason
+        """Return a plan by formula; about 2 ms once the model is known."""
+        try:
+            base = self._model(ref)
+        except (NotSupported, GGUFParseError) as problem:
+            return _unknown(ref, str(problem))
+        whole = whole_settings(settings, _limits(base))
+        known, advice = self._advice
+        plan = _plan(base, base.again(**_options(whole), exact=False), whole)
+        if known == ref and plan["verdict"]["kind"] == "error":
+            plan["advice"] = advice  # of the last exact answer: looking for it takes too long here
         return plan
 
     def exact(self, ref: str, settings: Mapping[str, Any]) -> Row:
-        """Return the plan that llama.cpp itself makes."""
-        del ref, settings
-        raise NotSupported("no exact number in this version")
+        """Return the plan that llama.cpp itself makes, what would fit, and the curve over the context."""
+        try:
+            base = self._model(ref)
+        except (NotSupported, GGUFParseError) as problem:
+            return _unknown(ref, str(problem))
+        whole = whole_settings(settings, _limits(base))
+        estimate = base.again(**_options(whole), exact=True)
+        plan = _plan(base, estimate, whole)
+        plan["advice"] = [{"label": one.text, "settings": dict(one.changes)} for one in estimate.advice()]
+        self._advice = ref, plan["advice"]
+        key = _curve_key(ref, whole)
+        if self._curve is None or self._curve[0] != key:
+            self._curve = key, _curve(base, whole)
+        return {**plan, "curve": self._curve[1]}
 
     def load_options(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of :func:`nbinfer.session.load`: only what differs from its defaults."""
         return {key: settings[key] for key, usual in _USUAL.items() if settings.get(key, usual) != usual}
 
-    def _limits(self, resolved: ResolvedModel) -> Row:
-        """Return what the sliders can be set to."""
-        try:
-            header = resolved.header if resolved.format == "gguf" else None
-        except NbinferError:
-            header = None
-        trained = (header.context_length if header is not None else None) or _LONGEST_UNKNOWN
-        layers = (header.n_layers or 0) + 1 if header is not None and self._machine().gpus else 0
-        return {
-            "context": context_stops(trained),
-            "kv_types": list(KV_TYPES),
-            "layers": layers,
-            "parallel": _MOST_AT_ONCE,
-        }
+    def _model(self, ref: str) -> Estimate:
+        """Return a model's estimate to start from; it knows what was free a moment ago."""
+        from nbinfer.memory import estimate
+
+        with self._lock:
+            if self._base is not None:
+                known, at, base = self._base
+                if known == ref and time.monotonic() - at < _FRESH_SECONDS:
+                    return base
+            base = estimate(session.session.aliases.get(ref, ref), exact=False)
+            self._base = ref, time.monotonic(), base
+            return base
+
+
+def _options(whole: Row) -> dict[str, Any]:
+    return {key: whole[key] for key in ("context_size", "kv_type", "gpu_layers", "parallel")}
+
+
+def _limits(base: Estimate) -> Row:
+    """Return what the sliders can be set to."""
+    return {
+        "context": context_stops(base.trained_context_size or _LONGEST_UNKNOWN),
+        "kv_types": list(KV_TYPES),
+        "layers": (base.header.n_layers or 0) + 1 if base.gpus else 0,
+        "parallel": _MOST_AT_ONCE,
+    }
+
+
+def _plan(base: Estimate, estimate: Estimate, whole: Row) -> Row:
+    sums: dict[str, int] = {}
+    labels: dict[str, str] = {}
+    for device in estimate.devices:
+        for part, label, size in _parts(device):
+            sums[part] = sums.get(part, 0) + size
+            labels[part] = label
+    source = "exact: llama.cpp's own plan" if estimate.exact else "by formula"
+    return {
+        "name": base.model,
+        "settings": whole,
+        "limits": _limits(base),
+        "bars": _bars(estimate),
+        "segments": [_segment(part, labels[part], size) for part, size in sums.items()],
+        "curve": [],
+        "verdict": {
+            "word": estimate.verdict,
+            "kind": VERDICT_KINDS[estimate.verdict],
+            "text": _sentence(estimate),
+        },
+        "advice": [],
+        "source": f"{source}. {words.short(estimate.note)}" if estimate.note else source,
+    }
+
+
+def _sentence(estimate: Estimate) -> str:
+    """Return the verdict's reason, without the word that stands before it."""
+    head = f"{estimate.verdict}: "
+    if estimate.reason.startswith(head):
+        return estimate.reason.removeprefix(head)
+    needs = [
+        f"{human_bytes(device.required)} of {human_bytes(device.available)} free on {device.name}"
+        for device in estimate.devices
+        if device.known
+    ]
+    return "; ".join(needs)
+
+
+def _bars(estimate: Estimate) -> list[Row]:
+    return [_bar(f"d{i}", device) for i, device in enumerate(estimate.devices) if device.known or i == 0]
+
+
+def _bar(key: str, device: DeviceEstimate) -> Row:
+    """Return one device: what is taken by others, what the model adds, and what there is."""
+    segments = [_segment(part, label, size) for part, label, size in _parts(device)]
+    return {
+        "key": key,
+        "name": device.name,
+        "used": sum(segment["bytes"] for segment in segments),
+        "total": device.total,
+        "text": f"needs {human_bytes(device.required)}, free {human_bytes(device.available)}",
+        "kind": "",
+        "segments": segments,
+    }
+
+
+def _parts(device: DeviceEstimate) -> list[tuple[str, str, int]]:
+    return [("taken", "in use now", max(0, device.total - device.available)), *parts(device)]
+
+
+def _segment(part: str, label: str, size: int) -> Row:
+    return {"key": part, "kind": part, "bytes": size, "text": f"{label} {human_bytes(size)}"}
+
+
+def _curve_key(ref: str, whole: Row) -> tuple[Any, ...]:
+    return ref, whole["kv_type"], whole["gpu_layers"], whole["parallel"]
+
+
+def _curve(base: Estimate, whole: Row) -> list[list[Row]]:
+    """Return the bars at every stop of the context slider."""
+    stops = _limits(base)["context"]
+    options = _options(whole)
+    return [_bars(base.again(**{**options, "context_size": stop}, exact=False)) for stop in stops]
+
+
+def _unknown(ref: str, reason: str) -> Row:
+    """Return a plan without numbers: the model may still be loaded."""
+    limits: Row = {
+        "context": context_stops(_LONGEST_UNKNOWN),
+        "kv_types": list(KV_TYPES),
+        "layers": 0,
+        "parallel": _MOST_AT_ONCE,
+    }
+    return {
+        "name": ref,
+        "settings": whole_settings({}, limits),
+        "limits": limits,
+        "bars": [],
+        "segments": [],
+        "curve": [],
+        "verdict": {"word": "unknown", "kind": "off", "text": reason},
+        "advice": [],
+        "source": "",
+    }

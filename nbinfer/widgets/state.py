@@ -22,6 +22,7 @@ EMPTY: Parts = {
     "loaded": {"rows": []},
     "models": {"rows": [], "text": "", "busy": False},
     "plan": {},
+    "curve": {"of": {}, "rows": []},
     "loading": {},
     "backends": {"rows": []},
     "requests": {"rows": []},

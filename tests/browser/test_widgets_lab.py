@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +35,14 @@ panel
 BUSY = "import time\ntime.sleep(6)"
 # What is left of a closed panel: its threads, and its comms on the kernel's side.
 LEFT = """
-import comm, ipywidgets, threading, time
+import comm, threading
 before = len(comm.get_comm_manager().comms)
 panel.close()
-for thread in threading.enumerate():
-    if thread.name.startswith(("nbinfer-panel", "nbinfer-widget", "nbinfer-monitor")):
-        thread.join(20)
-names = [t.name for t in threading.enumerate() if t.name.startswith("nbinfer")]
-print("left:", len(comm.get_comm_manager().comms) - before, names)
+ours = ("nbinfer-panel", "nbinfer-widget", "nbinfer-monitor")
+threads = [thread for thread in threading.enumerate() if thread.name.startswith(ours)]
+for thread in threads:
+    thread.join(20)
+print("left:", len(comm.get_comm_manager().comms) - before, [t.name for t in threads if t.is_alive()])
 """
 _WORDS = "() => document.querySelector('.jp-Notebook').innerText"
 _RESTART = """async () => {
@@ -170,6 +171,26 @@ def test_an_untrusted_notebook_shows_the_still_picture(own: Tab, lab: Lab) -> No
         assert other.page.get_by_role("button", name="Unload fake").count() == 0
         other.shot("panel-lab-untrusted")
         assert (other.strays, other.errors) == ([], [])
+
+
+def test_the_real_panel_plans_loads_and_measures_what_it_planned(lab: Lab) -> None:
+    lab.write("real.ipynb", "%load_ext nbinfer\n%nbinfer panel")
+    with lab.tab("real.ipynb", width=1100, height=1300) as tab:
+        tab.page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
+        tab.run(0)
+        page = tab.page
+        page.get_by_role("button", name="Plan demo", exact=True).press("Enter")
+        page.get_by_text("exact: llama.cpp's own plan").wait_for()
+        page.get_by_role("slider", name="Context").press("Home")
+        page.get_by_role("slider", name="Context").press("ArrowRight")
+        page.get_by_text("exact: llama.cpp's own plan").wait_for()
+        page.get_by_role("button", name="Load", exact=True).press("Enter")
+        page.get_by_text("demo is loaded").wait_for()
+        facts = page.locator(".nbinfer-w-facts").filter(has_text="measured").inner_text()
+        measured, estimated = re.findall(r"([\d.]+ [KMG]iB) (?:measured|estimated)", facts)
+        assert measured == estimated
+        tab.shot("panel-lab-real")
+        assert (tab.strays, tab.errors) == ([], [])
 
 
 def test_notebook_7_shows_it_too(lab: Lab) -> None:

@@ -64,7 +64,13 @@ def parts(planner: FakePlanner) -> Iterator[dict[str, Any]]:
     controller.say("the model's process ended: killed by signal 9.", kind="error", log="line\n" * 40)
     controller.look()
     controller.look_around()
-    state = {**controller.state.parts(), "plan": _plan(planner, 65536)}
+    curve = planner.exact("demo", {})["curve"]
+    of = {"ref": "demo", "kv_type": "f16", "gpu_layers": -1, "parallel": None}
+    state = {
+        **controller.state.parts(),
+        "plan": _plan(planner, 65536),
+        "curve": {"of": of, "rows": curve},
+    }
     yield state
     stream.cancel()
     controller.close()
@@ -204,7 +210,7 @@ def test_sixty_moves_of_a_slider_redraw_at_once_and_ask_once_at_a_time(
           }
           return texts; }"""
     )
-    expected = [row[0]["text"] for row in parts["plan"]["curve"]]
+    expected = [row[0]["text"] for row in parts["curve"]["rows"]]
     # The kernel has not said a word, and every move is on the page by the next frame.
     assert texts == [expected[i % 8] for i in range(60)]
     asked = sent(page, "plan")
@@ -258,7 +264,8 @@ def test_stop_is_off_while_it_could_not_act_and_says_why(page: Any, parts: dict[
 def test_a_press_that_nobody_hears_is_said_and_so_is_a_kernel_that_is_gone(
     page: Any, parts: dict[str, Any]
 ) -> None:
-    page.clock.install()
+    page.clock.install(time=0)
+    page.clock.pause_at(1000)
     draw(page, "panel", parts)
     page.get_by_role("button", name="Look again").click()
     page.clock.run_for(1000)

@@ -66,7 +66,11 @@ def test_a_moved_slider_gets_the_formulas_answer_and_then_the_exact_one(
 ) -> None:
     planner.go.clear()
     seen: list[tuple[bool, str]] = []
-    panel.state.observe(lambda changed: seen.append((changed["plan"]["settling"], changed["plan"]["source"])))
+    panel.state.observe(
+        lambda changed: seen.extend(
+            (p["settling"], p["source"]) for part, p in changed.items() if part == "plan"
+        )
+    )
     panel.do({"do": "plan", "ref": "demo", "settings": {"context_size": 8192}, "seq": 7})
     _until(panel, lambda state: bool(state["plan"]))
     planner.go.set()

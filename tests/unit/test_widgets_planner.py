@@ -11,6 +11,7 @@ import pytest
 
 import nbinfer as nb
 from nbinfer.contract.errors import ModelNotFound
+from nbinfer.memory import estimate
 from nbinfer.memory.machine import Gpu, Machine, Ram
 from nbinfer.widgets.planner import MemoryPlanner, context_stops, machine_part, whole_settings
 
@@ -69,16 +70,48 @@ def test_a_machine_is_bars_with_words() -> None:
         ("RAM (limit: cgroup)", "15 of 16 GiB used", "error"),
         ("GPU 0, Imaginary 8", "3 of 8 GiB used", "ok"),
     ]
-    assert part["text"] == "a doubt"
+    assert part["text"] == "GPU: a doubt"
 
 
 def test_the_demo_model_can_be_planned_and_a_misspelt_name_is_an_error() -> None:
     plan = MemoryPlanner().quick("demo", {})
+    assert plan["verdict"]["word"] == "fits"
+    assert plan["bars"][0]["name"] == "RAM"
     assert plan["name"] == "demo"
     assert plan["limits"]["context"][-1] == 1024
     assert plan["settings"]["context_size"] == 1024
     with pytest.raises(ModelNotFound):
         nb.memory_bar("dmeo")
+
+
+def test_what_does_not_fit_says_what_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With no room at all nothing helps; with a little, a shorter context does.
+    need = estimate("demo", context_size=1024, exact=False).ram
+    least = estimate("demo", context_size=512, exact=False).ram
+    room = (need.known + least.known) // 2 + need.overhead[0]
+    small = Machine(ram=Ram(total=64 * 2**20, available=room))
+    # The function has the module's name in the room; the module is known by its own.
+    monkeypatch.setattr(sys.modules["nbinfer.memory.estimate"], "machine", lambda: small)
+    planner = MemoryPlanner()
+    quick = planner.quick("demo", {})
+    assert (quick["verdict"]["word"], quick["verdict"]["kind"]) == ("does not fit", "error")
+    assert "needed on RAM" in quick["verdict"]["text"]
+    exact = planner.exact("demo", {})
+    assert exact["source"] == "exact: llama.cpp's own plan"
+    assert len(exact["curve"]) == len(exact["limits"]["context"])
+    for advice in exact["advice"]:
+        changed = planner.exact("demo", {**exact["settings"], **advice["settings"]})
+        assert changed["verdict"]["kind"] != "error"
+
+
+def test_the_exact_plan_is_what_the_engine_then_holds() -> None:
+    with nb.load("demo", context_size=768) as model:
+        plan = MemoryPlanner().exact("demo", {"context_size": 768})
+        planned = {row["kind"]: row["bytes"] for row in plan["segments"]}
+        held = (model.measured_memory() or {})["CPU"]
+        assert planned["cache"] == held["context"]
+        assert planned["compute"] == held["compute"]
+        assert planned["file_backed"] + planned.get("weights", 0) == held["weights"]
 
 
 def test_the_real_panel_shows_this_machine_its_models_and_backends() -> None:

@@ -320,7 +320,7 @@ function planView(model, link, { load }) {
   };
   const drawBars = (rows, segments) => {
     keyed(bars, rows, (row) => row.key, bar);
-    keyed(legend, segments, (row) => row.key, () => {
+    if (segments) keyed(legend, segments, (row) => row.key, () => {
       const mark = el("span", { class: "nbinfer-w-swatch", "aria-hidden": "true" }), words = el("span");
       const item = el("li", {}, mark, words);
       item.update = (row) => { set(mark, "data-part", row.kind); say(words, row.text); };
@@ -329,12 +329,11 @@ function planView(model, link, { load }) {
   };
   // Between two answers the bars follow the slider by themselves: the kernel sent the whole curve over the context.
   const drawCurve = () => {
-    const { curve, bars: rows, settings: answered } = model.get("plan");
-    if (!curve || !rows) return;
-    const same = ["kv_type", "gpu_layers", "parallel"].every((key) => (settings[key] ?? answered[key]) === answered[key]);
+    const { of, rows } = model.get("curve");
     const index = stops().indexOf(settings.context_size);
-    if (!same || index < 0 || !curve[index]) return;
-    drawBars(rows.map((row, i) => ({ ...row, ...curve[index][i] })), []);
+    const same = of.ref === ref && ["kv_type", "gpu_layers", "parallel"].every((key) => settings[key] === of[key]);
+    if (!same || !rows[index]) return;
+    drawBars(rows[index], null);
     say(source, "by formula; the exact number follows");
   };
   const draw = () => {
