@@ -1,0 +1,87 @@
+"""The tutorials: how they are committed, and that each shows what its text says it shows."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from show_notebook import answers
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+
+
+def read(path: Path) -> Any:
+    return nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_tutorial_is_committed_clean_and_fits_a_phone(path: Path) -> None:
+    notebook = read(path)
+    nbformat.validate(notebook)
+    text = path.read_text()
+    assert "widgets" not in notebook.metadata
+    assert not re.search(r"/(home|Users|tmp|work|root)/", text)
+    assert notebook.cells[0].source.startswith("# ")
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert (cell.outputs, cell.execution_count) == ([], None), cell.id
+            assert max(map(len, cell.source.splitlines())) <= 88, cell.id
+    assert len(notebook.cells) <= 30
+    assert len(text) < 12_000
+
+
+@lru_cache
+def shown(name: str) -> dict[str, str]:
+    """What each cell of a tutorial shows, by the cell's id; a cell that fails fails the test."""
+    (path,) = (path for path in NOTEBOOKS if path.stem.startswith(name))
+    notebook = read(path)
+    NotebookClient(notebook, timeout=170, kernel_name="python3").execute()
+    return {
+        cell.id: "\n".join(text for text, _ in answers(cell))
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    }
+
+
+@pytest.mark.kernel
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("name", "cell", "pattern"),
+    [
+        ("03", "interrupt", r"^\d+ of 1000 answered$"),
+        ("03", "resume", r"extract 1000/1000 rows"),
+        ("03", "answers", r"What is the capital of|Customer \d+"),
+        ("03", "count", r"Havana +\d+"),
+        ("03", "crosstab", r"carrot +0 +0 +0 +\d\d\d +0 +0"),
+        ("03", "bad", r"ContextOverflow: the prompt has \d+ tokens"),
+        ("04", "ask", r"0 +0\.\d+ +Grandma's soup"),
+        ("04", "ask-2", r"0 +0\.\d+ +The boiler was serviced"),
+        ("04", "many", r"(?s)Doctor Weber.*bicycle's rear tyre.*lettuce.*train to Vienna"),
+        ("04", "threshold", r"0 +1 +3 +1 +0\.\d+$"),
+        ("04", "prompt", r"(?s)Our train to Vienna leaves at 7:40.*nothing was run"),
+        ("05", "chat-2", r"Your favorite thing is the moon\."),
+        ("05", "table-prompt", r"\| Tue \| 4 \| 5 \|"),
+        ("05", "rows-shown", r"Wed +2 +7 +2 plus 7 is 9\."),
+        ("05", "vision", r"The background is yellow\."),
+        ("09", "batch", r"mean +16\.0 +[\d.]+ +8\.25"),
+        ("09", "speculative", r"same text: True\n(\d+) of \1 guesses right"),
+        ("09", "repeat", r"same story: True\nOnce there was a"),
+    ],
+)
+def test_a_cell_shows_what_the_text_says(name: str, cell: str, pattern: str) -> None:
+    assert re.search(pattern, shown(name)[cell]), shown(name)[cell]
+
+
+@pytest.mark.kernel
+@pytest.mark.engine
+def test_what_was_interrupted_is_not_asked_again() -> None:
+    before = int(shown("03")["interrupt"].split()[0])
+    counts = dict(re.findall(r"^(run|cache) +(\d+)$", shown("03")["resume"], re.MULTILINE))
+    # An interrupt may come between a row's commit and its count.
+    assert int(counts["cache"]) >= before
+    assert int(counts["run"]) + int(counts["cache"]) == 1000
