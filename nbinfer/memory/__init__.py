@@ -5,6 +5,7 @@ from __future__ import annotations
 from nbinfer.memory.estimate import Advice, DeviceEstimate, Estimate, estimate
 from nbinfer.memory.live import breakdown
 from nbinfer.memory.machine import Gpu, Machine, Ram, machine
+from nbinfer.memory.vllm import VllmEstimate, estimate_vllm
 
 __all__ = [
     "Advice",
@@ -13,7 +14,9 @@ __all__ = [
     "Gpu",
     "Machine",
     "Ram",
+    "VllmEstimate",
     "breakdown",
     "estimate",
+    "estimate_vllm",
     "machine",
 ]

@@ -340,7 +340,10 @@ def estimate(
         found = peek(ref)
         read = found.header
         if not isinstance(read, Header):
-            raise NotSupported(f"{ref} is a {found.format} model; memory is estimated for GGUF files.")
+            raise NotSupported(
+                f"{ref} is a {found.format} model, which runs on vLLM and not on llama.cpp.\n"
+                "nbinfer.memory.estimate_vllm answers for it."
+            )
         header, name = read, found.name
         beside = getattr(found, "projector", None)
         if projector is None and beside is not None:

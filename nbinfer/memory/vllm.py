@@ -1,0 +1,251 @@
+"""What vLLM will take: a share of the GPU that it fixes itself, and how many tokens of cache that leaves.
+
+vLLM takes ``gpu_memory_utilization`` of a GPU whatever the model is. The questions are whether the weights and
+one sequence fit into that share, and how long a context it can then hold. Sizes come from the headers of
+the safetensors files and from ``config.json``; the cache's per-layer rules are those of vLLM's
+``kv_cache_interface.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nbinfer.contract.errors import ConfigError, NotSupported
+from nbinfer.contract.units import human_bytes, parse_bytes
+from nbinfer.memory.machine import machine
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from nbinfer.gguf.safetensors import SafetensorsHeader
+    from nbinfer.memory.estimate import Verdict
+
+DEFAULT_UTILIZATION = 0.9
+# Activations at start, what torch and NCCL keep, and CUDA graphs, as published for small to large models.
+_OVERHEAD = (400 << 20, 1400 << 20)
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float": 4, "half": 2}
+_STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_CACHE_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmEstimate:
+    """One GPU's share of a model under vLLM; sizes in bytes.
+
+    Attributes
+    ----------
+    budget
+        What vLLM will take: utilisation x total.
+    weights
+        On each GPU, after the type they are loaded in.
+    overhead
+        Least and most of activations, graphs and libraries.
+    cache_per_token
+        Of all layers, on each GPU.
+    cache_tokens
+        Tokens of cache that the budget leaves, with the middle of the overhead.
+    longest_context
+        The longest context that fits, no more than the trained one.
+    required
+        What one sequence of ``max_model_len`` tokens needs at least.
+    """
+
+    model: str
+    utilization: float
+    budget: int
+    free: int
+    weights: int
+    overhead: tuple[int, int]
+    cache_per_token: int
+    cache_tokens: int
+    longest_context: int
+    max_model_len: int
+    required: int
+    tensor_parallel: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """``tight`` when it depends on the overhead."""
+        if self.budget > self.free or self.required > self.budget:
+            return "does not fit"
+        most = self.required + self.overhead[1] - self.overhead[0]
+        return "fits" if most <= self.budget else "tight"
+
+    @property
+    def reason(self) -> str:
+        """The verdict in words, with the setting that fits."""
+        if self.budget > self.free:
+            fitting = int(100 * self.utilization * self.free / self.budget) / 100
+            asked, free = human_bytes(self.budget), human_bytes(self.free)
+            return (
+                f"does not fit: vLLM asks for {asked} and {free} is free; "
+                f"gpu_memory_utilization={fitting:.2f} would start"
+            )
+        if self.required > self.budget:
+            if self.longest_context < 1:
+                return f"does not fit: the weights alone take {human_bytes(self.weights)}"
+            return (
+                f"does not fit: {self.max_model_len:,} tokens need {human_bytes(self.required)} of "
+                f"{human_bytes(self.budget)}; context_size={self.longest_context} fits"
+            )
+        return f"{self.verdict}: room for {self.cache_tokens:,} tokens of cache"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model} under vLLM: {self.reason}\n"
+            f"  takes {human_bytes(self.budget)} ({self.utilization:.0%} of the GPU) whatever the model\n"
+            f"  weights {human_bytes(self.weights)}, cache {human_bytes(self.cache_per_token)} a token, "
+            f"overhead {human_bytes(self.overhead[0])} to {human_bytes(self.overhead[1])}"
+        )
+
+
+def estimate_vllm(
+    ref: str | os.PathLike[str] | SafetensorsHeader,
+    *,
+    context_size: int | None = None,
+    gpu_memory_utilization: float = DEFAULT_UTILIZATION,
+    tensor_parallel: int = 1,
+    kv_type: str = "auto",
+    dtype: str = "auto",
+    gpus: Sequence[str | int] | None = None,
+) -> VllmEstimate:
+    """Say what vLLM will take for a safetensors model, and the longest context that fits; loads nothing.
+
+    Parameters
+    ----------
+    ref
+        The model's folder or reference, or its header.
+    context_size
+        vLLM's ``max_model_len``; None and -1 are the trained maximum.
+    gpu_memory_utilization
+        The share of each GPU that vLLM takes, 0 to 1.
+    tensor_parallel
+        GPUs that share the model.
+    kv_type
+        ``auto`` (the model's own type) or ``fp8``.
+    dtype
+        The type weights are loaded in; ``auto`` is the configuration's, with float32 loaded as bfloat16.
+    gpus
+        GPUs to plan for, by their memory; None is this machine's.
+
+    Raises
+    ------
+    NotSupported
+        The model is not one of safetensors, there is no GPU, or its configuration lacks what is needed.
+    ConfigError
+        A setting is out of range.
+    """
+    header = _header(ref)
+    if not 0 < gpu_memory_utilization <= 1:
+        raise ConfigError(f"gpu_memory_utilization={gpu_memory_utilization!r}: it is between 0 and 1.")
+    if tensor_parallel < 1:
+        raise ConfigError(f"tensor_parallel={tensor_parallel!r}: it is at least 1.")
+    total, free = _smallest_gpu(gpus, tensor_parallel)
+    item = _loaded_bytes(header, dtype)
+    weights = _weights(header, item) // tensor_parallel
+    per_token = _cache_per_token(header, _CACHE_BYTES.get(kv_type, min(item, 2)), tensor_parallel)
+    trained = header.context_length or 4096
+    wanted = trained if context_size in (None, -1) else int(context_size or trained)
+    budget = int(gpu_memory_utilization * total)
+    room = budget - weights - sum(_OVERHEAD) // 2
+    tokens = max(0, room // per_token) if per_token else trained
+    least = weights + _OVERHEAD[0] + per_token * wanted
+    most_room = budget - weights - _OVERHEAD[0]
+    longest = min(trained, max(0, most_room // per_token)) if per_token else trained
+    return VllmEstimate(
+        model=header.source.rstrip("/").rsplit("/", 1)[-1] or header.architecture,
+        utilization=gpu_memory_utilization,
+        budget=budget,
+        free=free,
+        weights=weights,
+        overhead=_OVERHEAD,
+        cache_per_token=per_token,
+        cache_tokens=tokens,
+        longest_context=longest,
+        max_model_len=wanted,
+        required=least,
+        tensor_parallel=tensor_parallel,
+    )
+
+
+def _header(ref: str | os.PathLike[str] | SafetensorsHeader) -> SafetensorsHeader:
+    from nbinfer.gguf.safetensors import SafetensorsHeader
+
+    if isinstance(ref, SafetensorsHeader):
+        return ref
+    from nbinfer.models import peek
+
+    header = peek(ref).header
+    if not isinstance(header, SafetensorsHeader):
+        raise NotSupported(f"{ref} is a GGUF model: nb.estimate answers for it.")
+    return header
+
+
+def _smallest_gpu(gpus: Sequence[str | int] | None, tensor_parallel: int) -> tuple[int, int]:
+    """(total, free) of the GPU that holds the others back."""
+    if gpus is not None:
+        sizes = [(size, size) for size in map(parse_bytes, gpus)]
+    else:
+        sizes = [(gpu.total, gpu.free) for gpu in machine().gpus]
+    if len(sizes) < tensor_parallel:
+        raise NotSupported(
+            f"{tensor_parallel} GPU(s) are needed and {len(sizes)} found; plan for one that is not here with "
+            'gpus=["24GiB"].'
+        )
+    return min(sizes[:tensor_parallel])
+
+
+def _loaded_bytes(header: SafetensorsHeader, dtype: str) -> int:
+    """Bytes of one element as loaded."""
+    name = header.get("torch_dtype") or header.get("dtype") if dtype == "auto" else dtype
+    name = str(name or "bfloat16").removeprefix("torch.")
+    if name not in _DTYPE_BYTES:
+        raise ConfigError(f"dtype={name!r} is unknown: use one of {', '.join(_DTYPE_BYTES)}.")
+    size = _DTYPE_BYTES[name]
+    return 2 if dtype == "auto" else size
+
+
+def _weights(header: SafetensorsHeader, item: int) -> int:
+    """Bytes of the weights as loaded: floating-point tensors change their type, packed ones stay."""
+    tied = bool(header.get("tie_word_embeddings"))
+    names = {tensor.name for tensor in header.tensors}
+    total = 0
+    for tensor in header.tensors:
+        if tied and tensor.name == "lm_head.weight" and any("embed_tokens" in name for name in names):
+            continue
+        stored = _STORED_BYTES.get(tensor.type)
+        total += tensor.n_bytes if stored is None else tensor.n_elements * item
+    return total
+
+
+def _cache_per_token(header: SafetensorsHeader, item: int, tensor_parallel: int) -> int:
+    """Bytes of cache that one token adds on one GPU.
+
+    Layers of a hybrid model are padded to one page size, so that layers with a window cost as much as full
+    ones; layers without attention keep a state instead.
+    """
+    layers = header.n_layers
+    heads = _positive(header.get("num_attention_heads"))
+    if layers is None or heads is None:
+        raise NotSupported(f"{header.source}: config.json does not say the number of layers and heads.")
+    attending = _attending(header, layers)
+    latent = _positive(header.get("kv_lora_rank"))
+    if latent is not None:
+        return attending * (latent + (_positive(header.get("qk_rope_head_dim")) or 0)) * item
+    kv_heads = 1 if header.get("multi_query") else _positive(header.get("num_key_value_heads")) or heads
+    size = _positive(header.get("head_dim")) or (_positive(header.get("hidden_size")) or 0) // heads
+    return attending * 2 * max(1, kv_heads // tensor_parallel) * size * item
+
+
+def _attending(header: SafetensorsHeader, layers: int) -> int:
+    kinds = header.get("layer_types")
+    if isinstance(kinds, list) and len(kinds) == layers:
+        return sum("attention" in str(kind) and "linear" not in str(kind) for kind in kinds)
+    interval = _positive(header.get("full_attention_interval"))
+    return layers // interval if interval else layers
+
+
+def _positive(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
