@@ -34,10 +34,19 @@ PLAIN_MICRO_BATCH = 128
 
 
 def flash_attention(
-    *, asked: bool | None, on_gpu: bool, kv_type: str | None, context_size: int
+    *, asked: bool | None, on_gpu: bool, kv_type: str | None, context_size: int, pooled: bool = False
 ) -> bool | None:
-    """Whether to use flash attention: as asked; off on a CPU at usual sizes; else None, llama.cpp decides."""
+    """Whether to use flash attention: as asked; off on a CPU at usual sizes; else None, llama.cpp decides.
+
+    Encoders (``pooled``) are fastest on a CPU with it, in packs of 64 tokens and more.
+    """
     quantised = kv_type not in (None, "f32", "f16", "bf16")  # llama.cpp needs it for such a cache
-    if asked is None and not on_gpu and not quantised and context_size <= PLAIN_ATTENTION_CONTEXT:
+    if (
+        asked is None
+        and not on_gpu
+        and not quantised
+        and not pooled
+        and context_size <= PLAIN_ATTENTION_CONTEXT
+    ):
         return False
     return asked

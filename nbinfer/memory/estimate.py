@@ -439,6 +439,7 @@ def _settings(shape: Shape, header: Header, options: Mapping[str, Any], here: Ma
         on_gpu=bool(here.gpus) and options["gpu_layers"] != 0,
         kv_type=options["kv_type"],
         context_size=size,
+        pooled=pooled,
     )
     usual_micro = defaults.PLAIN_MICRO_BATCH if flash is False else defaults.MICRO_BATCH
     return Settings(

@@ -92,6 +92,7 @@ class Context:
             on_gpu=bool(lib.llama_supports_gpu_offload()) and weights.gpu_layers != 0,
             kv_type=settings.kv_type,
             context_size=size,
+            pooled=pooled,
         )
         usual = defaults.PLAIN_MICRO_BATCH if flash is False else defaults.MICRO_BATCH
         params.n_ubatch = size if pooled else min(settings.micro_batch or usual, params.n_batch)
