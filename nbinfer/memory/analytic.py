@@ -39,9 +39,19 @@ def layout(shape: Shape, settings: Settings, shares: Sequence[float] = ()) -> La
     _add_cache(made, shape, settings)
     _add_state(made, shape, settings)
     add_compute(made, shape, settings, gpus=len(shares))
-    rows = settings.parallel * (shape.vocabulary + (shape.outputs if settings.pooled else 0))
-    made.output = 4 * rows
+    made.output = _output(made.numbers, shape, settings)
     return made
+
+
+def _output(numbers: Numbers, shape: Shape, settings: Settings) -> int:
+    """Return the bytes of the rows that are handed out (``llama_context::output_reserve``).
+
+    For embeddings every token of the longest text gets a row of logits beside its vector, also in models
+    without logits: the room is taken, and cleared.
+    """
+    if settings.pooled:
+        return 4 * numbers.batch_size * (shape.vocabulary + shape.outputs)
+    return 4 * max(settings.parallel, settings.n_outputs_max or 0) * shape.vocabulary
 
 
 def _add_weights(made: Layout, shape: Shape, settings: Settings, *, gpus: int) -> None:

@@ -26,7 +26,7 @@ from nbinfer.memory.probe import (
     shared_probe,
 )
 from nbinfer.memory.probe.client import library_folder
-from nbinfer.models.demo import demo_path
+from nbinfer.models.demo import demo_embed_path, demo_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -316,12 +316,14 @@ def test_the_child_ends_with_the_probe(header: Load) -> None:
 # -- real loads ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mmap", [True, False], ids=["mmap", "read"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"n_ctx": 512},
+REAL_LOADS = {
+    "plain": (demo_path, {"n_ctx": 512}),
+    "unified": (
+        demo_path,
         {"n_ctx": 2048, "n_seq_max": 4, "kv_unified": True, "flash_attn_type": -1, "n_outputs_max": 4},
+    ),
+    "quantised": (
+        demo_path,
         {
             "n_ctx": 1024,
             "n_seq_max": 2,
@@ -330,21 +332,35 @@ def test_the_child_ends_with_the_probe(header: Load) -> None:
             "type_v": Q8_0,
             "n_ubatch": 128,
         },
-    ],
-    ids=["plain", "unified", "quantised"],
-)
-def test_the_plan_equals_what_llama_cpp_holds_after_a_real_load(
-    probe: Probe, mmap: bool, settings: dict[str, Any]
-) -> None:
+    ),
+    "embedding": (
+        demo_embed_path,
+        {
+            "n_ctx": 512,
+            "n_batch": 512,
+            "n_ubatch": 512,
+            "n_seq_max": 32,
+            "kv_unified": True,
+            "embeddings": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("mmap", [True, False], ids=["mmap", "read"])
+@pytest.mark.parametrize("case", REAL_LOADS)
+def test_the_plan_equals_what_llama_cpp_holds_after_a_real_load(probe: Probe, mmap: bool, case: str) -> None:
     from llama_cpp import llama_cpp as lib
 
-    found = read_header(demo_path())
+    find, settings = REAL_LOADS[case]
+    path = find()
+    found = read_header(path)
     plan = probe.measure(*planned(found), model={"use_extra_bufts": False}, context=settings)
 
     params = lib.llama_model_default_params()
     params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if mmap else lib.LLAMA_LOAD_MODE_NONE
     params.use_extra_bufts = False
-    model = lib.llama_model_load_from_file(str(demo_path()).encode(), params)
+    model = lib.llama_model_load_from_file(str(path).encode(), params)
     context_params = lib.llama_context_default_params()
     for name, value in settings.items():
         setattr(context_params, name, value)

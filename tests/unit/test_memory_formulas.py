@@ -197,6 +197,23 @@ def test_encoders_have_no_cache(shape: Load) -> None:
     assert made.on(CPU).cache == made.on(CPU).state == 0
 
 
+OUTPUTS = [
+    # settings -> rows handed out, and numbers in each
+    ({}, 1, 151936),
+    ({"parallel": 8, "n_outputs_max": 8}, 8, 151936),
+    ({"parallel": 1, "n_outputs_max": 6}, 6, 151936),
+    ({"pooled": True, "batch_size": 512, "parallel": 32}, 512, 151936 + 1024),
+]
+
+
+@pytest.mark.parametrize(("changes", "rows", "numbers"), OUTPUTS)
+def test_a_row_of_logits_is_held_for_each_sequence_or_each_token_of_an_embedding(
+    shape: Load, changes: dict[str, Any], rows: int, numbers: int
+) -> None:
+    made = layout(shape("qwen3-0.6b"), Settings(context_size=512, **changes))
+    assert made.output == 4 * rows * numbers
+
+
 def test_blocks_for_drafting_are_not_loaded(shape: Load) -> None:
     found = shape("glm-4.5-air")
     assert len(found.blocks) == found.n_layers - 1
