@@ -53,6 +53,11 @@ def shown(name: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("name", "cell", "pattern"),
     [
+        ("02", "load", r"demo: fits\n.*asked of llama\.cpp"),
+        ("02", "gpu", r"(?s)does not fit: [\d.]+ GiB needed on GPU 0, 10 GiB free.*weights 7\.43 GiB"),
+        ("02", "advice-shown", r"\{'context_size': \d+\}\n'(fits|tight)"),
+        ("02", "sweep", r"65536 +15\.\d +12\.\d +does not fit +does not fit"),
+        ("02", "parts", r"GPU 0 +cache +4294967296 +llama\.cpp"),
         ("03", "interrupt", r"^\d+ of 1000 answered$"),
         ("03", "resume", r"extract 1000/1000 rows"),
         ("03", "answers", r"What is the capital of|Customer \d+"),
