@@ -9,6 +9,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from nbinfer import session
@@ -36,7 +37,7 @@ class Found:
     """(text, type): ``param``, ``model``, ``path``, ``function``, ``instance``…"""
 
 
-def make_matcher(shell: Any, magics: NbInferMagics) -> Callable[[Any], Any] | None:
+def make_matcher(magics: NbInferMagics) -> Callable[[Any], Any] | None:
     """Return a matcher for IPython's completer; None where it has no such interface."""
     try:
         from IPython.core.completer import SimpleCompletion, context_matcher
@@ -49,7 +50,7 @@ def make_matcher(shell: Any, magics: NbInferMagics) -> Callable[[Any], Any] | No
         before = "\n".join(
             [*lines[: context.cursor_line], lines[context.cursor_line][: context.cursor_position]]
         )
-        found = complete(before, shell, magics)
+        found = complete(before, magics)
         if found is None or not found.items:
             return {"completions": []}
         return {
@@ -62,7 +63,7 @@ def make_matcher(shell: Any, magics: NbInferMagics) -> Callable[[Any], Any] | No
     return matcher
 
 
-def complete(before: str, shell: Any, magics: NbInferMagics) -> Found | None:
+def complete(before: str, magics: NbInferMagics) -> Found | None:
     """Return completions for the text of a cell up to the cursor; None where it is not ours to say."""
     in_cell = before.lstrip().startswith("%%infer")
     text = before if in_cell else before.rpartition("\n")[2]
@@ -73,7 +74,7 @@ def complete(before: str, shell: Any, magics: NbInferMagics) -> Found | None:
     if magic == "infer":
         opening = rest.rfind("{{")
         if opening >= 0 and "}}" not in rest[opening:]:
-            return _expression(rest[opening + 2 :], shell, magics)
+            return _expression(rest[opening + 2 :], magics)
         if "\n" in rest:
             return None  # prose
         return _infer_line(rest.lstrip(), magics, cell=in_cell)
@@ -167,26 +168,26 @@ def _paths(prefix: str) -> list[tuple[str, str]]:
     return [(f"{folder}{slash}{entry.name}{end}", "path") for entry, end in ends]
 
 
-def _expression(text: str, shell: Any, magics: NbInferMagics) -> Found | None:
+def _expression(text: str, magics: NbInferMagics) -> Found | None:
     match = _DOTTED.search(text)
     name = match[0] if match else ""
     before = text[: len(text) - len(name)].rstrip()
     if before.endswith("|") and "." not in name:
         return _starting(name, [(item, "function") for item in template.filters()])
     if "." in name:
-        return _attributes(name, shell)
+        return _attributes(name, magics)
     names = [(n, "instance") for n in sorted(magics.names) if n[0] != "_" or name[:1] == "_"]
     return _starting(name, [*names, *((n, "function") for n in template.FUNCTIONS)])
 
 
-def _attributes(name: str, shell: Any) -> Found | None:
+def _attributes(name: str, magics: NbInferMagics) -> Found | None:
     """Return attributes of a value; only of what can be had without running code of the value's."""
     first, *middle = name.split(".")
     missing = object()
-    value = shell.user_ns.get(first, missing)
+    value = magics.names.get(first, missing)
     for attribute in middle[:-1]:
         value = getattr(value, "__dict__", {}).get(attribute, missing)
-    if value is missing:
+    if value is missing or isinstance(value, ModuleType):  # an expression may not look into a module
         return None
     frame = type(value).__name__ == "DataFrame"
     columns = [str(c) for c in value.columns if str(c).isidentifier()] if frame else []

@@ -53,7 +53,7 @@ def load(shell: Any) -> None:
         return
     settings = NbInfer(parent=shell)
     magics = NbInferMagics(shell, settings)
-    matcher = make_matcher(shell, magics)
+    matcher = make_matcher(magics)
     shell.register_magics(magics)
     shell.configurables.append(settings)
     shell.events.register("post_run_cell", magics.settle)

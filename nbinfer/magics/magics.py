@@ -48,7 +48,7 @@ class NbInferMagics(Magics):
     @property
     def names(self) -> dict[str, Any]:
         """The notebook's variables."""
-        return template.names_of(self._shell.user_ns)
+        return template.names_of(self._shell.user_ns, self._shell.user_ns_hidden)
 
     # -- asking ---------------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 Prompts hold JSON, code and LaTeX, so single braces, ``$``, ``{%`` and ``{#`` are text. Only ``{{ … }}`` is
 read, in one pass: what a value holds is never read again. An expression is Jinja's (``df.head(3)``,
-``names | join(", ")``), run in its sandbox.
+``names | join(", ")``), run in a sandbox: a prompt may be pasted from anywhere, so it gets the notebook's
+variables and what they can do, but no eval, open or import, no module and no shell.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from jinja2.environment import TemplateExpression
-    from jinja2.sandbox import SandboxedEnvironment
+
+    from nbinfer.magics.sandbox import Sandbox
 
 TABLE_ROWS = 20
 """Rows of a table that are written out; the rest is counted."""
@@ -38,7 +40,12 @@ _LONGEST = 80  # characters of an expression in a message
 _ENDS = 8  # how many }} an expression may hold before its own
 _HINT = "Text that holds {{ as it is goes with --raw."
 
-# What a prompt needs of Python itself. No eval, open or import: a prompt may be pasted from anywhere.
+_COMPUTE = "Compute it in a cell of its own, and name the variable here."
+
+# What IPython itself puts into a notebook, less what was typed and what came out (In, Out, _, _i, …).
+_SHELL = ("get_ipython", "open", "exit", "quit", "_dh")
+
+# What a prompt needs of Python itself.
 FUNCTIONS = (
     *("abs", "all", "any", "bool", "chr", "dict", "divmod", "enumerate", "float", "format", "int", "len"),
     *("list", "max", "min", "ord", "repr", "reversed", "round", "set", "sorted", "str", "sum", "tuple"),
@@ -73,18 +80,33 @@ def expand(text: str, names: Mapping[str, Any], *, quote: Callable[[str], str] |
     return "".join([*pieces, text[at:]])
 
 
-def names_of(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the names that an expression may use: the notebook's, and ``last_error``."""
+def names_of(namespace: Mapping[str, Any], hidden: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the names that an expression may use: the notebook's, and ``last_error``.
+
+    Parameters
+    ----------
+    namespace
+        What the shell runs cells in.
+    hidden
+        What was in there before the first cell. A variable of the person's may have such a name.
+    """
     last = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-    return {**({} if last is None else {"last_error": last}), **namespace}
+    names = {} if last is None else {"last_error": last}
+    for name, value in namespace.items():
+        of_the_shell = name in _SHELL and hidden.get(name) is value
+        of_python = len(name) > len("____") and name.startswith("__") and name.endswith("__")
+        if not of_the_shell and not of_python:
+            names[name] = value
+    return names
 
 
 @lru_cache(maxsize=1)
-def _environment() -> SandboxedEnvironment:
+def _environment() -> Sandbox:
     from jinja2 import StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+    from nbinfer.magics.sandbox import Sandbox
+
+    environment = Sandbox(undefined=StrictUndefined)
     capped = {"range": environment.globals["range"]}  # the sandbox's own, with an end
     environment.globals = capped | {name: getattr(builtins, name) for name in FUNCTIONS}
     environment.filters["read"] = _read_file
@@ -155,7 +177,9 @@ def _evaluate(expression: str, names: Mapping[str, Any]) -> Any:
             value._fail_with_undefined_error()  # noqa: SLF001 - the one way to Jinja's own message
     except UsageError:
         raise
-    except (UndefinedError, SecurityError, TemplateRuntimeError) as error:
+    except SecurityError as error:
+        raise UsageError(f"{shown}: {str(error).rstrip('.')}.\n{_COMPUTE}") from None
+    except (UndefinedError, TemplateRuntimeError) as error:
         raise UsageError(f"{shown}: {str(error).rstrip('.')}.\n{_HINT}") from None
     except Exception as error:
         raise UsageError(f"{shown} failed: {type(error).__name__}: {error}") from error

@@ -99,7 +99,7 @@ def test_items_carry_their_type(nb: Notebook) -> None:
 @pytest.mark.parametrize("cell", ["%%infer\nsome --te", "%%infer\n{{ name }} --te", "na", "x = 1\nna"])
 def test_prose_and_python_are_left_alone(nb: Notebook, cell: str) -> None:
     assert "--temperature" not in complete(nb, cell)
-    assert offers(cell, nb.shell, nb.shell._nbinfer_extension[0]) is None
+    assert offers(cell, nb.shell._nbinfer_extension[0]) is None
 
 
 def test_nothing_of_the_value_runs_while_completing(nb: Notebook) -> None:
@@ -114,5 +114,5 @@ def test_nothing_of_the_value_runs_while_completing(nb: Notebook) -> None:
     nb.set(loud=Loud())
     assert complete(nb, "%%infer\n{{ loud.inn") == ["loud.inner"]
     # IPython's own matchers may look further; ours does not.
-    assert offers("%%infer\n{{ loud.inner.inn", nb.shell, nb.shell._nbinfer_extension[0]) is None
+    assert offers("%%infer\n{{ loud.inner.inn", nb.shell._nbinfer_extension[0]) is None
     assert Loud.calls == 0

@@ -107,6 +107,34 @@ def test_in_out_and_the_last_error_can_be_asked_about(nb: Notebook, fake: FakeEn
     assert "ZeroDivisionError" in asked_text(fake)
 
 
+@pytest.mark.parametrize("option", ["", "--dry-run"])
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "get_ipython().system('touch ran')",
+        "ip.system('touch ran')",
+        "open('ran', 'w')",
+        "exit()",
+        "_dh[0].joinpath('ran').touch()",
+        "__builtins__.open('ran', 'w')",
+    ],
+)
+def test_a_pasted_prompt_reaches_neither_the_shell_nor_a_file(
+    nb: Notebook,
+    fake: FakeEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    expression: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    nb.run("import os\n_dh[:] = [__import__('pathlib').Path.cwd()]\nip = get_ipython()")
+    with pytest.raises(UsageError):
+        nb.run(f"%%infer -q {option}\n{{{{ {expression} }}}}")
+    assert list(tmp_path.iterdir()) == []
+    assert (fake.requests, nb.outputs) == ([], [])
+
+
 class Person(BaseModel):
     name: str
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from IPython.core.error import UsageError
 from pydantic import BaseModel
 
 from nbinfer.contract.results import Result
-from nbinfer.magics.template import TABLE_ROWS, as_text, expand
+from nbinfer.magics.template import TABLE_ROWS, as_text, expand, names_of
 
 PROMPTS = [
     '{"a": {"b": [1, 2]}}',
@@ -114,6 +116,59 @@ def test_what_cannot_be_replaced_is_a_short_error(text: str, parts: list[str]) -
     message = str(caught.value)
     assert all(part in message for part in parts), message
     assert message.count("\n") < 4
+
+
+FROM_OUTSIDE = {"df": pd.DataFrame({"a": [1, 2]}), "os": os, "pd": pd, "Text": type("Text", (str,), {})}
+
+
+@pytest.mark.parametrize(
+    ("expression", "attribute"),
+    [
+        ("os.getcwd()", "getcwd"),
+        ("os['getcwd']()", "getcwd"),
+        ("(os | attr('getcwd'))()", "getcwd"),
+        ("([os] | map(attribute='getcwd') | first)()", "getcwd"),
+        ("pd.io.common.os.getcwd()", "io"),
+        ("df.eval('@sys.path', level=0)", "eval"),
+        ("df.query('@builtins.open', level=5)", "query"),
+        ("str.format('{0.__class__}', 1)", "format"),
+        ("Text.format_map('{x.__class__}', {'x': 1})", "format_map"),
+        ("'{0.__class__}'.format(df)", "__class__"),
+        ("type(df).__subclasses__()", "__subclasses__"),
+        ("(df | attr('__class__'))", "__class__"),
+    ],
+)
+def test_an_expression_reaches_no_module_and_no_inside_of_python(expression: str, attribute: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        expand("{{ " + expression + " }}", FROM_OUTSIDE)
+    message = str(caught.value)
+    assert attribute in message
+    assert "unsafe" in message
+    assert "in a cell of its own" in message
+
+
+@pytest.mark.parametrize(
+    ("expression", "text"),
+    [
+        ("df.head(1)", "| a |\n| --- |\n| 1 |"),
+        ("df[df.a > 1].a.sum()", "2"),
+        ("df['a'].mean()", "1.5"),
+        ("'%s' % df.a.max()", "2"),
+        ("'{}, {x}'.format(1, x=2)", "1, 2"),
+        ("', '.join(['a', 'b'])", "a, b"),
+        ("Text('x').upper()", "X"),
+    ],
+)
+def test_what_the_notebooks_own_values_can_do_stays(expression: str, text: str) -> None:
+    assert expand("{{ " + expression + " }}", FROM_OUTSIDE) == text
+
+
+def test_names_are_the_notebooks_not_the_shells() -> None:
+    shells = {"get_ipython": print, "open": open, "exit": 1, "quit": 2, "_dh": [], "In": [], "Out": {}}
+    names = names_of({**shells, "__builtins__": builtins, "__name__": "__main__", "x": 1, "__": 2}, shells)
+    assert names.keys() - {"last_error"} == {"In", "Out", "x", "__"}
+    # A variable of the person's own may be called so.
+    assert names_of({**shells, "open": 9.5}, shells)["open"] == 9.5
 
 
 def test_an_expression_changes_nothing() -> None:
