@@ -89,7 +89,8 @@ class Sampler:
         if sampling.min_p > 0:
             add(lib.llama_sampler_init_min_p(sampling.min_p, 1))
         add(lib.llama_sampler_init_temp(sampling.temperature))
-        add(lib.llama_sampler_init_dist(seed))
+        # llama.cpp takes the largest seed for "draw one"; its neighbour stands in for it.
+        add(lib.llama_sampler_init_dist(min(seed, 2**32 - 2)))
         return chain
 
     def sample(self, logits: NDArray[np.float32]) -> int:
