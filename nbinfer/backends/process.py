@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nbinfer.contract.modes import Mode
 
 LOG_BYTES = 256 * 1024
-STOP_SECONDS = ((signal.SIGINT, 5.0), (signal.SIGTERM, 3.0))
+STOP_SECONDS = ((signal.SIGINT, 3.0), (signal.SIGTERM, 2.0))
 """Signals that ask a process to end, each with the time it has; then it is killed."""
 ERROR_MARK = "NBINFER-ERROR "
 """Begins the line with which a runner says, as JSON, what ended it."""

@@ -28,6 +28,8 @@ from nbinfer.sidecar.listen import MAX_SOCKET_PATH, private_folder
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import psutil
+
 START_SECONDS = 60.0
 """How long a sidecar may take to listen; it loads nothing before that."""
 
@@ -249,13 +251,22 @@ def stop(*, timeout: float = 20.0) -> bool:
         return False
     with contextlib.suppress(ControlError):
         call(found.socket, "POST", "/nbinfer/stop", timeout=5)
-    try:
-        process.wait(timeout)
-    except psutil.TimeoutExpired:
-        raise EngineError(f"the sidecar (process {found.pid}) does not end; kill it by hand.") from None
-    except psutil.Error:
-        pass
+    deadline = time.monotonic() + timeout
+    while not _ended(process):
+        if time.monotonic() > deadline:
+            raise EngineError(f"the sidecar (process {found.pid}) does not end; kill it by hand.")
+        time.sleep(0.02)
     return True
+
+
+def _ended(process: psutil.Process) -> bool:
+    """Whether a process is gone, or nothing but an entry that its parent has not read yet."""
+    import psutil
+
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return True
 
 
 def stale_files() -> list[Path]:
