@@ -15,6 +15,7 @@ likely. ``exact=True`` serves one request at a time, from its first token, in ba
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import threading
 import time
@@ -548,6 +549,18 @@ class CompletionEngine:
         self._context.drop(slot.index)
         slot.held = np.empty(0, np.int32)
 
+    def _trim(self, slot: Slot) -> None:
+        """Of a finished batch row, keep what others have in common with it.
+
+        Plain attention looks at every cell that is in use, also at those that nobody needs any more.
+        """
+        others = [s.held for s in self._slots if s is not slot and len(s.held)]
+        others += [s.prompt for s in itertools.islice(self._waiting, 4 * len(self._slots))]
+        if others:
+            keep = max(common_prefix(slot.held, tokens) for tokens in others)
+            self._context.drop(slot.index, keep)
+            slot.held = slot.held[:keep]
+
     def _make_room(self) -> bool:
         """Free context cells after a decode found none; False when nothing is left to free."""
         idle = [s for s in self._slots if s.sequence is None and len(s.held)]
@@ -816,6 +829,8 @@ class CompletionEngine:
             slot.released = time.perf_counter()
             if self._shares_prefixes and reason != "error" and sequence.media is None:
                 slot.held = sequence.tokens(0, sequence.position).copy()
+                if not sequence.interactive and not self._context.flash_attention:
+                    self._trim(slot)
             else:
                 self._empty(slot)
         matcher = sequence.sampler.matcher
