@@ -52,6 +52,7 @@ class Controller(Watched):
         self._settle_seconds = settle_seconds
         self._rates = looks.Rates()
         self._requests = looks.Requests()
+        self._crashes = looks.Crashes()
         self._numbers = count(1)
         self._newest_plan = 0
         super().__init__(EMPTY, self._parts_now, monitor=monitor, pulse=pulse)
@@ -66,8 +67,9 @@ class Controller(Watched):
         """Take a command of the page; returns at once, on whatever thread it is called.
 
         Besides those of every widget: ``{"do": "plan", "ref": …, "settings": {…}, "seq": n}``, ``load``
-        (``ref``, ``settings``, ``keep_alive``, ``force``), ``unload`` (``name``), ``stop`` (``id``),
-        ``refresh`` and ``dismiss`` (``id``). Anything else is ignored: the page may be newer than the kernel.
+        (``ref``, ``settings``, ``where``, ``keep_alive``, ``force``), ``unload`` (``name``), ``stop``
+        (``id``), ``refresh`` and ``dismiss`` (``id``). Anything else is ignored: the page may be newer than
+        the kernel.
         """
         super().do(command)
         row = dict(command)
@@ -107,6 +109,8 @@ class Controller(Watched):
     # -- looking ------------------------------------------------------------------------------------------
 
     def _parts_now(self) -> Parts:
+        for text, log in self._crashes.new():
+            self.say(text, kind="error", log=log)
         return {
             "machine": self._planner.machine(),
             "loaded": looks.loaded(self._rates),
@@ -139,7 +143,7 @@ class Controller(Watched):
     def _show_plan(self, ref: str, settings: Mapping[str, Any], seq: int) -> Row:
         """Show the formulas' answer; return the whole settings."""
         plan = self._planner.quick(ref, settings)
-        self._publish({**plan, "ref": ref, "seq": seq, "settling": True, "error": ""})
+        self.state.set(plan={**plan, "ref": ref, "seq": seq, "settling": True, "error": ""})
         whole: Row = plan["settings"]
         return whole
 
@@ -164,16 +168,18 @@ class Controller(Watched):
             plan = {**self._planner.exact(ref, settings), "ref": ref, "seq": seq, "error": ""}
         except NbinferError as error:  # the formulas' answer stands
             plan = {**self.state["plan"], "source": f"by formula. {words.short(str(error))}"}
+        if number != self._newest_plan:
+            return
+        self.state.set(plan={**plan, "settling": False})
+        try:
+            around = self._planner.around(ref, settings)
+        except NbinferError:  # the plan itself says what is wrong
+            around = {"advice": [], "curve": []}
+        of = {key: settings[key] for key in ("kv_type", "gpu_layers", "parallel")}
+        # The curve is large and changes seldom: it is a part by itself, not sent with every move of a slider.
+        self.state.set(curve={"of": {"ref": ref, **of}, "rows": around["curve"]})
         if number == self._newest_plan:
-            self._publish({**plan, "settling": False})
-
-    def _publish(self, plan: Row) -> None:
-        # The curve is large and changes seldom: it travels by itself, not with every move of a slider.
-        rows = plan.pop("curve", None)
-        if rows:
-            of = {key: plan["settings"][key] for key in ("kv_type", "gpu_layers", "parallel")}
-            self.state.set(curve={"of": {"ref": plan["ref"], **of}, "rows": rows})
-        self.state.set(plan=plan)
+            self.state.change("plan", advice=around["advice"])
 
     def _load(self, row: Row) -> None:
         ref = str(row.get("ref", ""))
@@ -188,6 +194,7 @@ class Controller(Watched):
         try:
             model = session.load(
                 ref,
+                where="sidecar" if row.get("where") == "sidecar" else "kernel",
                 keep_alive=row.get("keep_alive") or None,
                 force=bool(row.get("force")),
                 progress=progress,

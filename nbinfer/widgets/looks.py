@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from nbinfer.widgets.state import Row
 
 
+_LOG_BYTES = 64 * 1024
+
+
 class Rates:
     """Tokens per second of each model, from how far it came between two looks."""
 
@@ -206,6 +209,38 @@ def _what(request: Any) -> str:
     if isinstance(request, RerankRequest):
         return f"rerank {words.count(len(request.documents), 'document')}"
     return words.short(type(request).__name__)
+
+
+# -- crashes --------------------------------------------------------------------------------------------
+
+
+class Crashes:
+    """Logs that model processes of the sidecar left when they crashed, from now on."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._since = clock()
+        self._seen: set[str] = set()
+
+    def new(self) -> list[tuple[str, str]]:
+        """Return (what happened, the end of the log) of each crash that was not returned before."""
+        # A kernel that has not used the sidecar has nothing to hear from it.
+        module = sys.modules.get("nbinfer.sidecar.discovery")
+        if module is None:
+            return []
+        found = []
+        for path in sorted(module.runtime_folder().glob("crash-*.log")):
+            if path.name in self._seen:
+                continue
+            self._seen.add(path.name)
+            try:
+                if path.stat().st_mtime < self._since:
+                    continue
+                log = path.read_bytes()[-_LOG_BYTES:].decode(errors="replace")
+            except OSError:  # only the newest are kept
+                continue
+            last = next((line for line in reversed(log.splitlines()) if line.strip()), "")
+            found.append((f"A model's process in the sidecar crashed.\n{words.short(last)}", log))
+        return found
 
 
 # -- backends and files ---------------------------------------------------------------------------------

@@ -48,8 +48,6 @@ class Planner(Protocol):
     def quick(self, ref: str, settings: Mapping[str, Any]) -> Row:
         """Return a plan by formula, at once; ``settings`` may lack some, the plan's are whole.
 
-        An exact plan also has a ``curve``: its bars at every stop of the context slider, by formula.
-
         Raises
         ------
         NbinferError
@@ -64,6 +62,19 @@ class Planner(Protocol):
         ------
         NbinferError
             It cannot be asked here; the message says why.
+        """
+        ...
+
+    def around(self, ref: str, settings: Mapping[str, Any]) -> Row:
+        """Return what lies around a plan; may take longest.
+
+        ``advice`` are the nearest settings that fit; ``curve`` the bars, by formula, at every stop of the
+        context slider.
+
+        Raises
+        ------
+        NbinferError
+            As the others.
         """
         ...
 
@@ -127,7 +138,6 @@ class MemoryPlanner:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._base: tuple[str, float, Estimate] | None = None
-        self._curve: tuple[tuple[Any, ...], list[list[Row]]] | None = None
         self._advice: tuple[str, list[Row]] = ("", [])
 
     def machine(self) -> Row:
@@ -155,28 +165,34 @@ class MemoryPlanner:
             base = self._model(ref)
         except (NotSupported, GGUFParseError) as problem:
             return _unknown(ref, str(problem))
-        whole = whole_settings(settings, _limits(base))
-        known, advice = self._advice
-        plan = _plan(base, base.again(**_options(whole), exact=False), whole)
-        if known == ref and plan["verdict"]["kind"] == "error":
-            plan["advice"] = advice  # of the last exact answer: looking for it takes too long here
-        return plan
+        return self._answer(ref, base, settings, exact=False)
 
     def exact(self, ref: str, settings: Mapping[str, Any]) -> Row:
-        """Return the plan that llama.cpp itself makes, what would fit, and the curve over the context."""
+        """Return the plan that llama.cpp itself makes: some 10 ms, once its process is there."""
         try:
             base = self._model(ref)
         except (NotSupported, GGUFParseError) as problem:
             return _unknown(ref, str(problem))
+        return self._answer(ref, base, settings, exact=True)
+
+    def _answer(self, ref: str, base: Estimate, settings: Mapping[str, Any], *, exact: bool) -> Row:
         whole = whole_settings(settings, _limits(base))
-        estimate = base.again(**_options(whole), exact=True)
-        plan = _plan(base, estimate, whole)
-        plan["advice"] = [{"label": one.text, "settings": dict(one.changes)} for one in estimate.advice()]
-        self._advice = ref, plan["advice"]
-        key = _curve_key(ref, whole)
-        if self._curve is None or self._curve[0] != key:
-            self._curve = key, _curve(base, whole)
-        return {**plan, "curve": self._curve[1]}
+        plan = _plan(base, base.again(**_options(whole), exact=exact), whole)
+        known, advice = self._advice
+        if known == ref and plan["verdict"]["kind"] == "error":
+            plan["advice"] = advice  # until there is new
+        return plan
+
+    def around(self, ref: str, settings: Mapping[str, Any]) -> Row:
+        """Return advice, and the curve over the context."""
+        try:
+            base = self._model(ref)
+        except (NotSupported, GGUFParseError):
+            return {"advice": [], "curve": []}
+        whole = whole_settings(settings, _limits(base))
+        found = base.again(**_options(whole)).advice()
+        self._advice = ref, [{"label": one.text, "settings": dict(one.changes)} for one in found]
+        return {"advice": self._advice[1], "curve": _curve(base, whole)}
 
     def load_options(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of :func:`nbinfer.session.load`: only what differs from its defaults."""
@@ -224,7 +240,6 @@ def _plan(base: Estimate, estimate: Estimate, whole: Row) -> Row:
         "limits": _limits(base),
         "bars": _bars(estimate),
         "segments": [_segment(part, labels[part], size) for part, size in sums.items()],
-        "curve": [],
         "verdict": {
             "word": estimate.verdict,
             "kind": VERDICT_KINDS[estimate.verdict],
@@ -274,10 +289,6 @@ def _segment(part: str, label: str, size: int) -> Row:
     return {"key": part, "kind": part, "bytes": size, "text": f"{label} {human_bytes(size)}"}
 
 
-def _curve_key(ref: str, whole: Row) -> tuple[Any, ...]:
-    return ref, whole["kv_type"], whole["gpu_layers"], whole["parallel"]
-
-
 def _curve(base: Estimate, whole: Row) -> list[list[Row]]:
     """Return the bars at every stop of the context slider."""
     stops = _limits(base)["context"]
@@ -299,7 +310,6 @@ def _unknown(ref: str, reason: str) -> Row:
         "limits": limits,
         "bars": [],
         "segments": [],
-        "curve": [],
         "verdict": {"word": "unknown", "kind": "off", "text": reason},
         "advice": [],
         "source": "",

@@ -64,7 +64,7 @@ def parts(planner: FakePlanner) -> Iterator[dict[str, Any]]:
     controller.say("the model's process ended: killed by signal 9.", kind="error", log="line\n" * 40)
     controller.look()
     controller.look_around()
-    curve = planner.exact("demo", {})["curve"]
+    curve = planner.around("demo", _plan(planner, 65536)["settings"])["curve"]
     of = {"ref": "demo", "kv_type": "f16", "gpu_layers": -1, "parallel": None}
     state = {
         **controller.state.parts(),
@@ -156,7 +156,8 @@ def test_everything_is_reached_and_pressed_by_keyboard(page: Any, parts: dict[st
         "GPU layers",
         "At once",
         "Load although it does not fit",
-        "Keep loaded",
+        "into",
+        "and keep it",
         *[
             "How to make it faster" if row["kind"] == "ok" else "How to install"
             for row in parts["backends"]["rows"]

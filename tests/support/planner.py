@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 TOTAL = 8 * GIB
 STOPS = [512 * 2**i for i in range(8)]
+ADVICE = [{"label": "context 16,384", "settings": {"context_size": 16384}}]
 PER_TOKEN = {"f16": 65536, "q8_0": 34816}
 
 
@@ -52,6 +53,10 @@ class FakePlanner:
         self.go.wait(20)
         return self._plan("exact", ref, settings, "exact: llama.cpp's own plan")
 
+    def around(self, ref: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        curve = [[self._bar({**settings, "context_size": stop})[0]] for stop in STOPS]
+        return {"advice": self._plan("around", ref, settings, "")["advice"], "curve": curve}
+
     def load_options(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"context_size": settings.get("context_size")}
 
@@ -63,16 +68,14 @@ class FakePlanner:
         bar, segments = self._bar(whole)
         fits = bar["used"] <= TOTAL
         word, mark = ("fits", "ok") if fits else ("does not fit", "error")
-        advice = [] if fits else [{"label": "context 16,384", "settings": {"context_size": 16384}}]
         return {
             "name": ref,
             "settings": whole,
             "limits": {"context": STOPS, "kv_types": list(PER_TOKEN), "layers": 33, "parallel": 16},
             "bars": [bar],
             "segments": segments,
-            "curve": [[self._bar({**whole, "context_size": stop})[0]] for stop in STOPS] * (kind == "exact"),
             "verdict": {"word": word, "kind": mark, "text": f"{bar['text']} of the GPU"},
-            "advice": advice,
+            "advice": [] if fits else ADVICE,
             "source": source,
         }
 

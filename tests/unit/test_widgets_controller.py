@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import pytest
 from support.fake_engine import HANG, FakeEngine
 from support.planner import FakePlanner
 
+import nbinfer as nb
 from nbinfer.contract.errors import EngineError, ModelNotFound
 from nbinfer.session import Model, session
 from nbinfer.widgets import looks
@@ -21,6 +23,7 @@ from nbinfer.widgets.watched import Pulse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 _PATIENCE = 20
 
@@ -54,6 +57,13 @@ def _until(panel: Any, holds: Callable[[Any], bool]) -> None:
         assert holds(panel.state) or happened.wait(_PATIENCE), panel.state.parts()
     finally:
         end()
+
+
+def _until_true(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def _rows(panel: Controller, part: str) -> list[dict[str, Any]]:
@@ -191,9 +201,42 @@ def test_load_passes_the_plan_on_and_shows_how_far_it_is(
     settings = {"context_size": 2048, "kv_type": "f16"}
     panel.do({"do": "load", "ref": "demo", "settings": settings, "keep_alive": "5m", "force": True})
     _until(panel, lambda state: bool(state["messages"]["rows"]))
-    assert asked == [("demo", {"keep_alive": "5m", "force": True, "context_size": 2048})]
+    assert asked == [("demo", {"where": "kernel", "keep_alive": "5m", "force": True, "context_size": 2048})]
     assert [text for text in texts if text] == ["loading demo: 0%", "loading demo: 50%"]
     assert _rows(panel, "messages")[0]["text"] == "loaded-one is loaded; it took 2 s."
+
+
+def test_a_crash_in_the_sidecar_is_told_once_with_the_end_of_its_log(
+    panel: Controller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nbinfer.sidecar import discovery
+
+    monkeypatch.setattr(discovery, "runtime_folder", lambda: tmp_path)
+    old = tmp_path / "crash-20200101-000000-1-1.log"
+    old.write_text("long ago")
+    os.utime(old, (1, 1))
+    panel.look()
+    assert _rows(panel, "messages") == []
+    (tmp_path / "crash-20990101-000000-1-2.log").write_text("line one\nout of memory\n\n")
+    panel.look()
+    panel.look()
+    (message,) = _rows(panel, "messages")
+    assert message["text"] == "A model's process in the sidecar crashed.\nout of memory"
+    assert message["log"].startswith("line one")
+
+
+def test_a_run_over_rows_is_one_row_and_is_stopped_as_one(
+    panel: Controller, model: Model, results_folder: Path
+) -> None:
+    run = nb.submit([f"question {n}" for n in range(50)], model=model)
+    _until_true(lambda: bool(session.running()))
+    panel.look()
+    (row,) = _rows(panel, "requests")
+    assert row["what"].startswith("complete 0/50 rows")
+    panel.do({"do": "stop", "id": row["id"]})
+    _until_true(lambda: run.done)
+    panel.look()
+    assert _rows(panel, "requests") == []
 
 
 def test_it_looks_only_while_a_view_is_open(panel: Controller) -> None:

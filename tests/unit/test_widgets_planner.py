@@ -98,10 +98,34 @@ def test_what_does_not_fit_says_what_does(monkeypatch: pytest.MonkeyPatch) -> No
     assert "needed on RAM" in quick["verdict"]["text"]
     exact = planner.exact("demo", {})
     assert exact["source"] == "exact: llama.cpp's own plan"
-    assert len(exact["curve"]) == len(exact["limits"]["context"])
-    for advice in exact["advice"]:
+    around = planner.around("demo", exact["settings"])
+    assert len(around["curve"]) == len(exact["limits"]["context"])
+    assert around["advice"]
+    for advice in around["advice"]:
         changed = planner.exact("demo", {**exact["settings"], **advice["settings"]})
         assert changed["verdict"]["kind"] != "error"
+
+
+def test_with_a_gpu_there_are_two_bars_and_a_slider_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(index=0, name="Imaginary 8", total=8 * GIB, free=7 * GIB)
+    here = Machine(ram=Ram(total=16 * GIB, available=8 * GIB), gpus=(gpu,))
+    room = sys.modules["nbinfer.memory.estimate"]
+    monkeypatch.setattr(room, "machine", lambda: here)
+    monkeypatch.setattr(room, "_build_uses_gpus", lambda: True)
+    planner = MemoryPlanner()
+    plan = planner.exact("demo", {})
+    layers = plan["limits"]["layers"]
+    assert layers > 1
+    weights = {}
+    for n in (0, layers):
+        plan = planner.exact("demo", {"gpu_layers": n})
+        assert [bar["name"] for bar in plan["bars"]][-1] == "GPU 0 (Imaginary 8)" or n == 0
+        on_gpu = [bar for bar in plan["bars"] if "GPU" in bar["name"]]
+        segments = [segment for bar in on_gpu for segment in bar["segments"]]
+        weights[n] = sum(segment["bytes"] for segment in segments if segment["kind"] == "weights")
+        assert sum(s["bytes"] for s in segments if s["kind"] == "taken") in (0, GIB)
+    assert weights[0] == 0
+    assert weights[layers] > 0
 
 
 def test_the_exact_plan_is_what_the_engine_then_holds() -> None:

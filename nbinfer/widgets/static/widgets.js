@@ -270,13 +270,17 @@ function planView(model, link, { load }) {
   const keepId = uid("keep");
   const keep = el("select", { id: keepId }, ...[["", "until unloaded"], ["5m", "5 minutes idle"], ["30m", "30 minutes idle"], ["2h", "2 hours idle"]]
     .map(([value, label]) => el("option", { value }, label)));
+  const whereId = uid("where");
+  const where = el("select", { id: whereId }, ...[["kernel", "this kernel"], ["sidecar", "the sidecar, shared, outlives it"]]
+    .map(([value, label]) => el("option", { value }, label)));
   fields.append(context.node, el("div", { class: "nbinfer-w-field" }, el("label", { for: kvId }, "KV cache type"), kv), layers.node, parallel.node);
   const go = button("Load", () => link.send({
-    do: "load", ref, settings, keep_alive: keep.value, force: model.get("plan").verdict?.kind === "error",
+    do: "load", ref, settings, where: where.value, keep_alive: keep.value, force: model.get("plan").verdict?.kind === "error",
   }), { class: "nbinfer-w-primary" });
   const progress = el("progress", { max: 1, "aria-label": "Loading" });
   const progressText = el("span", { role: "status" });
-  const actions = el("div", { class: "nbinfer-w-row" }, go, el("label", { for: keepId }, "Keep loaded"), keep, progress, progressText);
+  const actions = el("div", { class: "nbinfer-w-row" }, go, el("label", { for: whereId }, "into"), where,
+    el("label", { for: keepId }, "and keep it"), keep, progress, progressText);
   const body = el("div", {}, title, problem, bars, legend,
     el("div", { class: "nbinfer-w-verdict", role: "status" }, verdict, " ", sentence), source, fits, fields, ...(load ? [actions] : []));
   const hint = el("div", { class: "nbinfer-w-note" }, "Choose a model above to see what memory it takes.");
