@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from nbinfer.contract.errors import NotSupported
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -114,31 +117,35 @@ def open_engine(
         tensor_split=tensor_split,
         on_progress=on_progress,
     )
-    described: dict[str, Any] = {"name": name or path.stem, "digest": digest}
-    try:
+    weights.name = name or path.stem
+    described: dict[str, Any] = {"name": weights.name, "digest": digest}
+    with ExitStack() as undo:
+        undo.callback(weights.close)
+        engine: Engine
         if mode == "completion":
             from nbinfer.engines.llamacpp.adapters import Adapters
             from nbinfer.engines.llamacpp.generate import CompletionEngine
 
             described |= {"reasoning_budget": reasoning_budget, "exact": exact}
-            adapters = None if lora is None else Adapters(weights, _adapter_files(lora))
-            encoder = None if projector is None else _projector(weights, projector, settings)
-            guesser = None if speculative is None else _speculation(speculative, weights, settings)
-            described |= {"speculation": guesser, "adapters": adapters, "projector": encoder}
-            return CompletionEngine(weights, settings, **described)
-        if mode in ("embedding", "reranking"):
+            if lora is not None:
+                described["adapters"] = Adapters(weights, _adapter_files(lora))
+            if projector is not None:
+                described["projector"] = _projector(weights, projector, settings)
+                undo.callback(described["projector"].close)
+            if speculative is not None:
+                described["speculation"] = _speculation(speculative, weights, settings)
+                undo.callback(described["speculation"].close)
+            engine = CompletionEngine(weights, settings, **described)
+        elif mode in ("embedding", "reranking"):
             from nbinfer.engines.llamacpp.pooled import PooledEngine
 
-            return PooledEngine(weights, settings, mode=mode, **described)
-    except BaseException:
-        weights.close()
-        raise
-    from nbinfer.contract.errors import NotSupported
-
-    weights.close()
-    raise NotSupported(
-        f"llama.cpp does not serve mode {mode!r}: it can do completion, embedding and reranking."
-    )
+            engine = PooledEngine(weights, settings, mode=mode, **described)
+        else:
+            raise NotSupported(
+                f"llama.cpp does not serve {mode!r}: it can do completion, embedding, reranking."
+            )
+        undo.pop_all()
+        return engine
 
 
 def _projector(weights: Weights, path: Path, settings: ContextSettings) -> Projector:

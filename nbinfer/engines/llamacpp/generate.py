@@ -45,11 +45,13 @@ from nbinfer.contract.results import (
     Usage,
 )
 from nbinfer.engines.llamacpp.adapters import Adapters
+from nbinfer.engines.llamacpp.alive import closed_on_error, register
 from nbinfer.engines.llamacpp.constrain import Constrainer
 from nbinfer.engines.llamacpp.context import ABORTED, NO_SPACE, OK, Context, engine_version
 from nbinfer.engines.llamacpp.media import has_images, take_images
 from nbinfer.engines.llamacpp.sampling import Sampler, logprob_of
 from nbinfer.engines.llamacpp.sequence import Scores, Sequence, Slot, common_prefix, youth
+from nbinfer.engines.llamacpp.weights import SEAM, Weights
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
 from nbinfer.engines.template import ChatTemplate
@@ -67,7 +69,6 @@ if TYPE_CHECKING:
     from nbinfer.engines.llamacpp.context import ContextSettings
     from nbinfer.engines.llamacpp.media import Media, Projector
     from nbinfer.engines.llamacpp.speculate import Speculation
-    from nbinfer.engines.llamacpp.weights import Weights
 
 FAILED = -1
 MIN_SHARED = 8
@@ -105,6 +106,12 @@ class CompletionEngine:
         projector: Projector | None = None,
     ) -> None:
         self._weights = weights
+        source = weights.chat_template()
+        self._template = (
+            ChatTemplate(source, bos_token=weights.special_text("bos"), eos_token=weights.special_text("eos"))
+            if source
+            else None
+        )
         # A recurrent state is paid for per sequence; elsewhere a sequence costs one row of logits.
         usual = 1 if weights.has_recurrent_state else defaults.PARALLEL
         parallel = 1 if exact else settings.parallel or usual
@@ -113,23 +120,27 @@ class CompletionEngine:
         self._adapters = adapters or Adapters(weights, {})
         extra = speculation.num_tokens if speculation else 0
         self._context = Context(weights, settings, parallel=parallel, extra_outputs=extra)
-        if self._context.memory is None or weights.reads_with_an_encoder:
-            self._context.close()
+        with closed_on_error(self._context):
+            self._check_kind(name)
+            self._prepare(name, digest, parallel)
+        self._reasoning_budget = reasoning_budget
+        self._shares_prefixes = weights.has_exact_prefixes and not exact
+        self._constrainer = Constrainer(weights)
+        self._thread = threading.Thread(target=self._run, name=f"nbinfer-{name}", daemon=True)
+        self._thread.start()
+        register(self)
+
+    def _check_kind(self, name: str) -> None:
+        if self._context.memory is None or self._weights.reads_with_an_encoder:
             kind = "an encoder" if self._context.memory is None else "an encoder with a decoder"
             raise NotSupported(
                 f"{name} is {kind}: it cannot continue text here. "
                 "An embedding or reranking model is loaded with that mode.",
             )
+
+    def _prepare(self, name: str, digest: str, parallel: int) -> None:
         self._name = name
-        self._reasoning_budget = reasoning_budget
-        self._shares_prefixes = weights.has_exact_prefixes and not exact
-        self._constrainer = Constrainer(weights)
-        source = weights.chat_template()
-        self._template = (
-            ChatTemplate(source, bos_token=weights.special_text("bos"), eos_token=weights.special_text("eos"))
-            if source
-            else None
-        )
+        weights = self._weights
         self.info = EngineInfo(
             backend="llamacpp",
             model=name,
@@ -147,13 +158,11 @@ class CompletionEngine:
         self._waiting: deque[Sequence] = deque()
         self._cancelled: set[Stream] = set()
         self._in_flight: frozenset[Stream] = frozenset()
-        self._closing = False
+        self._closing = self._forked = False
         self._step = 0
         self._prompt_rate = 0.0
         self._prompt_tokens = 0
         self._generated_tokens = 0
-        self._thread = threading.Thread(target=self._run, name=f"nbinfer-{name}", daemon=True)
-        self._thread.start()
 
     @property
     def context_pointer(self) -> Any:
@@ -165,6 +174,9 @@ class CompletionEngine:
     def render(self, request: CompletionRequest) -> tuple[str, int]:
         """Return the exact prompt and its length in tokens; runs nothing."""
         with self._weights.in_use():
+            if has_images(request) and self._projector is not None:
+                text, media = self._cut(request)
+                return text, media.n_tokens
             text, tokens = self._prompt_of(request)
         return text, len(tokens)
 
@@ -303,12 +315,19 @@ class CompletionEngine:
 
     def close(self) -> None:
         """End what runs with ``EngineClosed`` and free the memory; idempotent."""
+        if self._forked:
+            return
         with self._wake:
             self._closing = True
             self._context.request_abort()
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def abandon(self) -> None:
+        """Refuse all use: this is a forked child, where the engine's thread does not exist."""
+        self._forked = True
+        self._weights.abandon()
 
     def _cancel(self, stream: Stream) -> None:
         with self._wake:
@@ -333,9 +352,10 @@ class CompletionEngine:
         alone = len(messages) == 1 and messages[0]["role"] == "user"
         if self._template is None and alone and isinstance(messages[0].get("content"), str):
             text = messages[0]["content"]
-            return text, weights.tokenize(text, special=True, add_special=True)
+            return text, weights.tokenize(text, special=False, add_special=True)
         text = self._rendered(messages, request)
-        return text, weights.tokenize(text, special=True, add_special=self._adds_bos(text))
+        tokens = weights.tokenize_rendered(text, add_special=self._adds_bos(text))
+        return text.replace(SEAM, ""), tokens
 
     def _rendered(self, messages: tuple[Message, ...], request: CompletionRequest) -> str:
         if self._template is None:
@@ -345,7 +365,8 @@ class CompletionEngine:
             )
         think = False if request.think is None and self._budget(request) == 0 else request.think
         variables = {} if think is None else {"enable_thinking": think}
-        return self._template.render(messages, tools=request.tools, **variables)
+        safe = [_defused(message, self._weights) for message in messages]
+        return self._template.render(safe, tools=request.tools, **variables)
 
     def _adds_bos(self, text: str) -> bool:
         """Many templates write the beginning token themselves; it must not come twice."""
@@ -358,7 +379,8 @@ class CompletionEngine:
         messages, images = take_images(request)
         if not messages:
             raise RequestError("images go with messages, not with a raw prompt.")
-        text = self._rendered(messages, request)
+        # Here the text is tokenised in one piece: a blank of no width takes the seam's place.
+        text = self._rendered(messages, request).replace(SEAM, "\u200b")
         return text, self._projector.cut(text, images, add_special=self._adds_bos(text))
 
     def _budget(self, request: CompletionRequest) -> int | None:
@@ -449,26 +471,27 @@ class CompletionEngine:
 
     def _admit(self) -> None:
         """Give slots to waiting requests, cells before batch rows, as far as the context has room."""
-        if not self._waiting:
-            return
         for sequence in sorted(self._waiting, key=lambda s: not s.interactive):
-            taken = [s for s in self._slots if s.sequence is not None]
-            # The last slot is kept for a cell, so that one typed during a batch need not wait for a row.
-            free = len(self._slots) - len(taken) - (not sequence.interactive and len(self._slots) > 1)
-            if free <= 0:
-                if sequence.interactive and self._evict_batch_row():
-                    free = 1
-                else:
-                    return
-            shared, apart = self._cells([s.sequence for s in taken if s.sequence is not None], sequence)
-            if shared + apart > self._context.size and taken:
+            while not self._has_room(sequence):
+                # Rows make way for a cell until it fits; nobody else is let in meanwhile.
                 if not (sequence.interactive and self._evict_batch_row()):
                     return
-                continue
-            if taken and apart > CROWD and not sequence.interactive and not self._context.flash_attention:
-                return
             if self._place(sequence):
                 self._waiting.remove(sequence)
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether a slot and cells of the context are free for one more sequence."""
+        taken = [s.sequence for s in self._slots if s.sequence is not None]
+        # The last slot is kept for a cell, so that one typed during a batch need not wait for a row.
+        kept = not sequence.interactive and len(self._slots) > 1
+        if len(self._slots) - len(taken) - kept <= 0:
+            return False
+        if not taken:
+            return True
+        shared, apart = self._cells(taken, sequence)
+        if shared + apart > self._context.size:
+            return False
+        return sequence.interactive or apart <= CROWD or self._context.flash_attention
 
     def _cells(self, running: list[Sequence], sequence: Sequence) -> tuple[int, int]:
         """Cells of the context when ``sequence`` runs beside others: those it shares, and all the rest."""
@@ -783,7 +806,7 @@ class CompletionEngine:
             for forced in matcher.forced():
                 matcher.accept(forced)
                 tokens.append(forced)
-        for new in tokens:
+        for i, new in enumerate(tokens):
             sequence.generated.append(new)
             self._generated_tokens += 1
             piece = sequence.assembler.push(self._weights.piece(new))
@@ -793,7 +816,8 @@ class CompletionEngine:
                 self._finish(sequence, "stop")
                 return
             if len(sequence.generated) >= sequence.limit:
-                whole = matcher is not None and new is tokens[-1] and matcher.complete
+                sequence.cut_short = i + 1 < len(tokens)
+                whole = matcher is not None and not sequence.cut_short and matcher.complete
                 self._finish(sequence, "stop" if whole else "length")
                 return
         if matcher is not None and matcher.complete:
@@ -838,7 +862,9 @@ class CompletionEngine:
         if sequence.scores is not None:
             self._finish_scoring(sequence, sequence.scores, reason, error)
             return
-        if error is None and matcher is not None and reason == "length" and not matcher.accepting:
+        # The matcher has already taken forced tokens that no longer fitted in.
+        cut = matcher is not None and (sequence.cut_short or not matcher.accepting)
+        if error is None and reason == "length" and cut:
             text = "".join(sequence.answer)
             error = SchemaError(
                 f"the answer was cut after {len(sequence.generated)} tokens, before it was whole: "
@@ -859,6 +885,8 @@ class CompletionEngine:
             error = EngineError("the scoring was interrupted.")
         if error is not None:
             sequence.stream.fail(error)
+            with self._wake:  # its siblings need not go on
+                self._cancelled.add(sequence.stream)
         elif scores.left == 0:
             result = ScoreResult(
                 logprobs=scores.logprobs,
@@ -918,3 +946,17 @@ class CompletionEngine:
         if request.stop:
             params["stop"] = list(request.stop)
         return params
+
+
+def _defused(message: Message, weights: Weights) -> dict[str, Any]:
+    """A message whose text cannot be read as control tokens: what a person pastes must not end its turn."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": weights.defused(content)}
+    if isinstance(content, list | tuple):
+        parts = [
+            {**part, "text": weights.defused(part["text"])} if isinstance(part.get("text"), str) else part
+            for part in content
+        ]
+        return {**message, "content": parts}
+    return dict(message)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 INSTALL = "pip install 'nbinfer[llamacpp]'"
 
-_ERROR_LEVEL = 3
+_ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR; 3 is a warning
 _CONTINUATION = 5
 
 

@@ -21,6 +21,7 @@ from nbinfer.contract.errors import (
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import EmbeddingRequest, RerankRequest
 from nbinfer.contract.results import EmbeddingResult, Finished, PromptProgress, RerankResult
+from nbinfer.engines.llamacpp.alive import closed_on_error, register
 from nbinfer.engines.llamacpp.context import OK, Context, engine_version
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
@@ -56,9 +57,17 @@ class PooledEngine:
         self._lib = lib
         self._weights = weights
         self._name = name
-        trained = weights.trained_context_size
         parallel = 1 if weights.has_recurrent_state else settings.parallel or defaults.POOLED_PARALLEL
         self._context = Context(weights, settings, parallel=parallel, pooled=True)
+        with closed_on_error(self._context):
+            self._prepare(mode, name, digest, parallel)
+        self._thread = threading.Thread(target=self._run, name=f"nbinfer-{name}", daemon=True)
+        self._thread.start()
+        register(self)
+
+    def _prepare(self, mode: Mode, name: str, digest: str, parallel: int) -> None:
+        lib, weights = self._lib, self._weights
+        trained = weights.trained_context_size
         pooling = int(lib.llama_pooling_type(self._context.pointer))
         ranks = pooling == lib.LLAMA_POOLING_TYPE_RANK
         if pooling == lib.LLAMA_POOLING_TYPE_NONE or ranks != (mode == Mode.RERANKING):
@@ -92,11 +101,9 @@ class PooledEngine:
         self._jobs: queue.PriorityQueue[tuple[int, int, _Job | None]] = queue.PriorityQueue()
         self._order = 0
         self._lock = threading.Lock()
-        self._closing = False
+        self._closing = self._forked = False
         self._running = 0
         self._done_tokens = 0
-        self._thread = threading.Thread(target=self._run, name=f"nbinfer-{name}", daemon=True)
-        self._thread.start()
 
     @property
     def context_pointer(self) -> Any:
@@ -180,6 +187,8 @@ class PooledEngine:
 
     def close(self) -> None:
         """End what runs with ``EngineClosed`` and free the memory; idempotent."""
+        if self._forked:
+            return
         with self._lock:
             if not self._closing:
                 self._closing = True
@@ -187,6 +196,11 @@ class PooledEngine:
                 self._jobs.put((-1, 0, None))
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def abandon(self) -> None:
+        """Refuse all use: this is a forked child, where the engine's thread does not exist."""
+        self._forked = True
+        self._weights.abandon()
 
     # -- the engine's thread ----------------------------------------------------------------------------
 

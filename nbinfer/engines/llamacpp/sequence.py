@@ -56,6 +56,7 @@ class Sequence:
     script: list[int] = field(default_factory=list)
     answer_index: int = 0
     thoughts: int = 0
+    cut_short: bool = False
     guesses: list[int] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     slot: int = -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+SEAM = "\ue0f7"
+"""A private-use character that no text means anything by: where a prompt is cut before it is tokenised."""
 
 
 class Weights:
@@ -52,6 +56,8 @@ class Weights:
     ) -> None:
         lib = self._lib = library()
         self.path = path
+        self.name = path.stem
+        self._forked = False
         self.gpu_layers = gpu_layers
         params = lib.llama_model_default_params()
         params.n_gpu_layers = -1 if gpu_layers is None else gpu_layers
@@ -107,10 +113,19 @@ class Weights:
         EngineClosed
             They have been freed.
         """
+        if self._forked:
+            raise EngineClosed(
+                f"{self.name} was loaded before this process was forked and cannot run here: "
+                "load it in this process, or use threads."
+            )
         with self._guard:
             if not self.pointer:
-                raise EngineClosed(f"{self.path.stem} was unloaded; load it again with nb.load.")
+                raise EngineClosed(f"{self.name} was unloaded; load it again with nb.load.")
             yield
+
+    def abandon(self) -> None:
+        """Refuse all use: this is a forked child, where the engine's thread does not exist."""
+        self._forked = True
 
     # -- vocabulary -------------------------------------------------------------------------------------
 
@@ -163,6 +178,38 @@ class Weights:
             bool(attributes & self._lib.LLAMA_TOKEN_ATTR_CONTROL),
             bool(attributes & self._lib.LLAMA_TOKEN_ATTR_USER_DEFINED),
         )
+
+    @cached_property
+    def control_texts(self) -> re.Pattern[str] | None:
+        """Matches what control tokens look like written out; None when the model has none."""
+        texts = {
+            self.render_piece(token, special=True).decode("utf-8", "replace")
+            for token in range(self.n_vocab)
+            if self.token_kind(token)[0]
+        }
+        found = sorted((re.escape(text) for text in texts if len(text) > 1), key=len, reverse=True)
+        return re.compile("|".join(found)) if found else None
+
+    def tokenize_rendered(self, text: str, *, add_special: bool) -> NDArray[np.int32]:
+        """Tokens of a rendered prompt: the template's control tokens count, those inside messages do not.
+
+        Messages have been through :func:`defused`, which put :data:`SEAM` into whatever looks like one.
+        """
+        if SEAM not in text:
+            return self.tokenize(text, special=True, add_special=add_special)
+        parts = text.split(SEAM)
+        tokens = [self.tokenize(parts[0], special=True, add_special=add_special)]
+        tokens += [self.tokenize(part, special=True, add_special=False) for part in parts[1:]]
+        return np.concatenate(tokens)
+
+    def defused(self, text: str) -> str:
+        """``text`` with a seam in everything that reads like a control token, so that it stays text."""
+        if "<" not in text and "[" not in text:  # what all known control tokens begin with
+            return text
+        pattern = self.control_texts
+        if pattern is None:
+            return text
+        return pattern.sub(lambda found: found.group()[0] + SEAM + found.group()[1:], text)
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:
