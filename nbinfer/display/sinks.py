@@ -136,7 +136,7 @@ class JupyterSink:
     def _show(self, make: Callable[[], Bundle]) -> None:
         began = self._clock()
         bundle = make()
-        with _interrupt_later():
+        with interrupt_later():  # sent and not remembered would leave two outputs
             self._publish(*bundle, self._shown)
             self._shown = True
         # A very long answer takes long to render: leave most of the time to the engine.
@@ -149,11 +149,8 @@ class JupyterSink:
 
 
 @contextmanager
-def _interrupt_later() -> Iterator[None]:
-    """Hold an interrupt back until the block is done.
-
-    Between sending an output and remembering that it was sent, it would leave two outputs, or none.
-    """
+def interrupt_later() -> Iterator[None]:
+    """Hold an interrupt back until the block is done, as it must be where half of it is worse than none."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield

@@ -15,7 +15,15 @@ from IPython.core.error import UsageError
 from nbinfer import session
 from nbinfer.contract.errors import NbinferError
 from nbinfer.contract.results import Result
-from nbinfer.display.sinks import JupyterSink, NullSink, ShownResult, Sink, TerminalSink, follow
+from nbinfer.display.sinks import (
+    JupyterSink,
+    NullSink,
+    ShownResult,
+    Sink,
+    TerminalSink,
+    follow,
+    interrupt_later,
+)
 from nbinfer.display.style import page
 from nbinfer.display.text import escape, printable
 from nbinfer.magics import template
@@ -214,6 +222,22 @@ def answer(
     KeyboardInterrupt
         The person stopped it; ``keep`` has got what there was.
     """
+    try:
+        return _answer(prompt, model=model, options=options, history=history, look=look, keep=keep)
+    except KeyboardInterrupt as error:
+        _shorten(error)
+        raise
+
+
+def _answer(
+    prompt: str,
+    *,
+    model: str | None,
+    options: dict[str, Any],
+    history: list[Message] | None,
+    look: Look,
+    keep: Callable[[ShownResult], None],
+) -> ShownResult:
     stream: TextStream | None = None
     sink: Sink = NullSink()
     try:
@@ -226,18 +250,17 @@ def answer(
         follow(stream.events(), sink)
         result = stream.result()
     except BaseException as error:
-        if stream is not None:
-            stream.cancel()
-        partial = _what_there_is(stream, error)
-        if stream is not None:  # what failed before it began has nothing to show but the error itself
-            sink.finish(partial)
-        keep(look.shown(partial))
-        if isinstance(error, KeyboardInterrupt):
-            _shorten(error)
+        with interrupt_later():  # a person presses ■ twice, and it must not cost what there is
+            if stream is not None:
+                stream.cancel()
+            partial = _what_there_is(stream, error)
+            keep(look.shown(partial))
+            if stream is not None:  # what failed before it began has nothing to show but the error itself
+                sink.finish(partial)
         raise
-    sink.finish(result)
     shown = look.shown(result)
     keep(shown)
+    sink.finish(result)
     return shown
 
 

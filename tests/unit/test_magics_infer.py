@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -390,6 +391,45 @@ def test_an_interrupt_stops_the_engine_and_keeps_the_part(
     assert shown.count("\n") == 0
     fake.script = ["next"]
     assert nb.run("%infer go").text == "next"
+
+
+@pytest.mark.parametrize(
+    "while_in", ["nbinfer.session.TextStream.partial", "nbinfer.display.sinks.result_bundle"]
+)
+def test_a_second_interrupt_does_not_cost_the_part(
+    nb: Notebook,
+    fake: FakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    while_in: str,
+) -> None:
+    presses = []
+
+    def press() -> None:
+        presses.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def script(_: CompletionRequest) -> Iterator[Any]:
+        yield "so far"
+        yield 0.3  # until it has been read
+        press()
+        yield HANG
+
+    original = pkgutil.resolve_name(while_in)
+
+    def pressed_again(*words: Any, **options: Any) -> Any:
+        if presses:
+            press()
+        return original(*words, **options)
+
+    monkeypatch.setattr(while_in, pressed_again)
+    fake.script = script
+    with pytest.raises(KeyboardInterrupt):
+        nb.run("%%infer -o r\ngo")
+    assert len(presses) > 1
+    assert (nb["r"].text, nb["r"].finish_reason) == ("so far", "interrupted")
+    assert nb.texts[-1].startswith("so far\n[interrupted")
+    assert capsys.readouterr().out.strip().count("\n") == 0
 
 
 def test_a_partial_result_shows_itself_in_the_next_cell(
