@@ -166,6 +166,9 @@ def _doctor() -> Any:
         info = model.info
         detail = f"{model.mode}, {model.backend}, context {info.context_size:,}, {info.parallel} at once"
         rows.append({"what": f"model {model.name}", "status": "ok", "detail": detail})
+    from nbinfer.sidecar.commands import checkup
+
+    rows += checkup()
     return _frame("doctor", rows)
 
 

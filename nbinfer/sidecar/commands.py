@@ -137,3 +137,22 @@ def rows() -> list[dict[str, Any]]:
             }
         )
     return out
+
+
+def checkup() -> list[dict[str, str]]:
+    """Return what `doctor` says: the sidecar, its models and who holds them, and files that lie about."""
+    running = discovery.find()
+    out = []
+    if running is None:
+        out.append({"what": "sidecar", "status": "ok", "detail": "none runs; the first load starts one"})
+    else:
+        found = discovery.describe() or {"holds": 0, "models": []}
+        detail = f"process {running.pid}, nbinfer {running.version}, held by {found['holds']} kernel(s)"
+        out.append({"what": "sidecar", "status": "ok", "detail": detail})
+    for row in rows():
+        detail = f"{row['mode']}, {row['state']}, {row['ram']}, {row['kernels']} kernel(s), {row['until']}"
+        out.append({"what": f"sidecar model {row['name']}", "status": "ok", "detail": detail})
+    for path in discovery.stale_files():
+        detail = f"{path}: of a sidecar that was killed; the next one removes it"
+        out.append({"what": "stale file", "status": "left over", "detail": detail})
+    return out

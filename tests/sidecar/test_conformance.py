@@ -240,6 +240,16 @@ def test_many_at_once_each_get_their_own_answer(model: Model, kernel: Model) -> 
     assert [stream.result().text for stream in streams] == expected
 
 
+def test_a_frame_is_filled_alike(model: Model, kernel: Model) -> None:
+    import nbinfer as nb
+
+    rows = [f"What comes after {n}?" for n in range(5)]
+    found, expected = (nb.complete(rows, model=each, max_tokens=8, cache=False) for each in (model, kernel))
+    assert list(found["completion"]) == list(expected["completion"])
+    assert found["error"].isna().all()
+    assert list(found["prompt_tokens"]) == list(expected["prompt_tokens"])
+
+
 def test_answers_can_be_awaited_side_by_side(model: Model, kernel: Model) -> None:
     async def both() -> list[str]:
         found = await asyncio.gather(*(model.ainfer(QUESTION, max_tokens=n) for n in (3, 6)))

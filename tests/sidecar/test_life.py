@@ -191,6 +191,24 @@ def test_files_of_a_killed_sidecar_do_not_stop_the_next_one(runtime: Path) -> No
     assert not discovery.stale_files()
 
 
+def test_the_doctor_tells_the_sidecar_its_models_and_what_lies_about(runtime: Path) -> None:
+    from nbinfer.sidecar.commands import checkup
+
+    assert [row["status"] for row in checkup()] == ["ok"]
+    session.load("demo", where="sidecar", threads=1, context_size=256, keep_alive="0")
+    found = {row["what"]: row["detail"] for row in checkup()}
+    assert "held by 1 kernel" in found["sidecar"]
+    assert "completion, ready" in found["sidecar model demo"]
+    service = discovery.find()
+    assert service is not None
+    os.kill(service.pid, signal.SIGKILL)
+    until(lambda: not processes(runtime), 4)
+    assert [row["what"] for row in checkup()][1:] == ["stale file"] * len(discovery.stale_files())
+    assert discovery.stale_files()
+    assert discovery.stop() is False
+    discovery.remove_stale_sockets()
+
+
 def test_a_file_that_lies_about_a_process_is_not_believed(runtime: Path) -> None:
     # A pid that was given to another program since: it must be neither used nor killed.
     lie = {"socket": str(runtime / "sidecar-1.sock"), "pid": os.getpid(), "created": 1.0, "version": "0"}
