@@ -132,7 +132,7 @@ _MEASURED = _Measured()
 
 def _keep(model: Model) -> str:
     if model.unload_at is None:
-        return "stays loaded"
+        return "held by this kernel" if model.where == "sidecar" else "stays loaded"
     return f"unloads in {words.duration(model.unload_at - time.time())}"
 
 

@@ -74,6 +74,7 @@ function bar() {
   const node = el("div", { class: "nbinfer-w-bar" }, name, track, words);
   node.update = (row) => {
     say(name, row.name);
+    set(name, "title", row.name);
     say(words, row.text);
     set(track, "aria-label", row.name);
     set(track, "aria-valuetext", row.text);
