@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-KEY_VERSION = 1
+KEY_VERSION = 2
 """Part of every key; raised when what a key covers changes."""
 
 SIZE_VARIABLE = "NBINFER_JOURNAL_BYTES"

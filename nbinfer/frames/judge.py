@@ -57,7 +57,7 @@ class ScoreWork:
     def constants(self, model: FrameModel) -> dict[str, Any]:
         """Return what all rows share and results depend on, as JSON."""
         shared = self.base.constants(model)
-        keep = ("backend", "weights", "adapters", "kv_type", "exact", "system", "raw", "think")
+        keep = ("backend", "weights", "adapters", "projector", "kv_type", "exact", "system", "raw", "think")
         return {"op": "score", "answers": list(self.answers), **{name: shared[name] for name in keep}}
 
     def window(self, info: EngineInfo) -> int:
@@ -106,6 +106,11 @@ class ScoreWork:
             return None, EngineError("the model gives none of the answers a probability.")
         weights = np.exp(record.value - record.value.max())
         return weights / weights.sum(), None
+
+    def lasting(self, record: Record) -> bool:
+        """Whether the same question will always have this answer; it will."""
+        del record
+        return True
 
     def encode(self, value: Any) -> bytes:
         """Return a value as the bytes that the journal keeps."""

@@ -651,7 +651,7 @@ class Run:
             tokens=tokens or 0,
             error=None if error is None else type(error).__name__,
         )
-        if plan.journal is not None:
+        if plan.journal is not None and work.lasting(record):
             plan.journal.put(key, record, work, op=work.op, model=plan.model.info.model)
         if error is not None:
             self._react(job, error)

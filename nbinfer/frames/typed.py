@@ -135,7 +135,7 @@ def plan_extract(
     params = {"max_tokens": max_tokens, "temperature": temperature, **options}
     work = completion_work(
         "extract",
-        {**params, "schema": closed(made.json_schema)},
+        {**params, "schema": made.closed},
         seed=seed,
         parse=lambda text: shape.row(made.plain(made.parse(text))),
     )
@@ -155,29 +155,6 @@ def plan_extract(
         too_long=too_long,
     )
     return Run(plan, build, params={**params, "schema": made.json_schema, "name": name}, on_error=on_error)
-
-
-def closed(schema: Any) -> Any:
-    """Return a JSON Schema whose objects take no further properties, unless it says so itself.
-
-    Fields that no column waits for would be generated for nothing.
-    """
-    if isinstance(schema, list):
-        return [closed(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    out = dict(schema)
-    for word in ("items", "prefixItems", "anyOf", "oneOf"):
-        if word in schema:
-            out[word] = closed(schema[word])
-    if len(schema.get("allOf", ())) == 1:  # several parts each see the others' properties as further ones
-        out["allOf"] = closed(schema["allOf"])
-    for word in ("properties", "$defs", "definitions"):
-        if isinstance(schema.get(word), dict):
-            out[word] = {name: closed(part) for name, part in schema[word].items()}
-    if schema.get("properties") and "additionalProperties" not in schema:
-        out["additionalProperties"] = False
-    return out
 
 
 def _default_prompt(schema: Schema) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -114,6 +115,10 @@ class Work(Protocol):
         """Return the typed value of a record, and why it is not valid (or None)."""
         ...
 
+    def lasting(self, record: Record) -> bool:
+        """Whether the same question will always have this answer, so that the journal may keep it."""
+        ...
+
     def encode(self, value: Any) -> bytes:
         """Return a value as the bytes that the journal keeps."""
         ...
@@ -137,24 +142,25 @@ def identity(model: FrameModel) -> dict[str, Any]:
     return {
         "backend": model.info.backend,
         "weights": weights(model),
-        "adapters": _adapters(config.get("lora")),
+        "adapters": _digests(config.get("lora")),
+        "projector": _digests(config.get("projector")),
         "kv_type": config.get("kv_type"),
         # Batches may flip near ties; who asked for the exact text is not given a batch's.
         "exact": bool(config.get("exact")),
     }
 
 
-def _adapters(lora: Any) -> Any:
-    """Return the digests of adapter files, by name where they have one."""
+def _digests(files: Any) -> Any:
+    """Return the digests of files that were loaded beside the weights, by name where they have one."""
     from collections.abc import Mapping
 
     from nbinfer.models.digest import file_digest
 
-    if lora is None:
+    if files is None:
         return None
-    if isinstance(lora, Mapping):
-        return {str(name): file_digest(path) for name, path in lora.items()}
-    return file_digest(lora)
+    if isinstance(files, Mapping):
+        return {str(name): file_digest(path) for name, path in files.items()}
+    return file_digest(files)
 
 
 @dataclass(frozen=True)
@@ -201,6 +207,8 @@ class CompletionWork:
             else base.max_tokens,
             "stop": list(base.stop),
             "constraint": None if base.constraint is None else [base.constraint.kind, base.constraint.value],
+            "tools": [dict(tool) for tool in base.tools],
+            "images": [hashlib.sha256(image).hexdigest() for image in base.images],
             "logprobs": base.logprobs,
             "think": base.think,
             "reasoning_budget": model.config.get("reasoning_budget")
@@ -296,15 +304,25 @@ class CompletionWork:
         except SchemaError as error:
             if not cut:
                 return None, error
-            return None, Truncated(
-                f"the answer reached max_tokens={self.base.max_tokens} before its end; raise max_tokens.",
-                raw=record.value,
-            )
+            why = f"reached max_tokens={self.base.max_tokens} before its end; raise max_tokens."
+            if self._context_ended(record):
+                why = "filled the context before its end; load the model with a larger context_size."
+            return None, Truncated(f"the answer {why}", raw=record.value)
         return None, None
 
     def _unfinished(self, text: str) -> bool:
         constraint = self.base.constraint
         return constraint is not None and constraint.kind == "choices" and text not in constraint.value
+
+    def lasting(self, record: Record) -> bool:
+        """Whether a larger context would give no more; its size is in the key where nothing else bounds."""
+        return self.base.max_tokens is None or not self._context_ended(record)
+
+    def _context_ended(self, record: Record) -> bool:
+        bound = self.base.max_tokens
+        if record.finish_reason != "length":
+            return False
+        return bound is None or record.completion_tokens is None or record.completion_tokens < bound
 
     def encode(self, value: str) -> bytes:
         """Return a value as the bytes that the journal keeps."""
@@ -406,6 +424,11 @@ class EmbeddingWork:
             return None, EngineError("the vector holds NaN or infinite numbers.")
         return None, None
 
+    def lasting(self, record: Record) -> bool:
+        """Whether the same question will always have this answer; it will."""
+        del record
+        return True
+
     def encode(self, value: Any) -> bytes:
         """Return a value as the bytes that the journal keeps."""
         return np.asarray(value, "<f4").tobytes()
@@ -465,6 +488,11 @@ class RerankWork:
         if not np.isfinite(record.value):
             return None, EngineError(f"the score is {record.value}.")
         return None, None
+
+    def lasting(self, record: Record) -> bool:
+        """Whether the same question will always have this answer; it will."""
+        del record
+        return True
 
     def encode(self, value: float) -> bytes:
         """Return a value as the bytes that the journal keeps."""

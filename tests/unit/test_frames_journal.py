@@ -83,6 +83,8 @@ def test_refresh_computes_again_and_replaces_and_false_leaves_it_alone() -> None
         {"logprobs": 1},
         {"repeat_penalty": 1.1},
         {"think": True},
+        {"images": [b"one"]},
+        {"tools": [{"type": "function", "function": {"name": "now"}}]},
     ],
     ids=lambda c: next(iter(c)),
 )
@@ -112,6 +114,8 @@ def test_other_adapters_and_cache_types_never_share_an_answer(tmp_path: Path) ->
         ({"lora": one}, 1),
         ({"lora": two}, 1),
         ({"lora": {"one": one}}, 1),
+        ({"projector": one}, 1),
+        ({"projector": two}, 1),
         ({"reasoning_budget": 0}, 1),
         ({"context_size": 100, "parallel": 2}, 0),
         ({"lora": str(one)}, 0),
@@ -128,6 +132,25 @@ def test_without_a_bound_the_context_is_part_of_the_question() -> None:
         model = chat_model(context_size=size)
         complete(["a"], max_tokens=None, model=model)
         assert len(engine_of(model).requests) == computed
+
+
+def test_other_pictures_never_share_an_answer() -> None:
+    for picture, computed in ((b"one", 1), (b"two", 1), (b"one", 0)):
+        model = chat_model()
+        complete(["a"], images=[picture], model=model)
+        assert len(engine_of(model).requests) == computed
+
+
+@pytest.mark.parametrize("rule", [{}, {"regex": ".*x"}, {"schema": {"type": "object"}}], ids=str)
+def test_an_answer_that_the_context_cut_is_computed_again_in_a_larger_one(rule: dict[str, Any]) -> None:
+    text = ["{", *[" "] * 20, "}"]
+    small = chat_model(text, context_size=10)
+    assert complete(["a"], model=small, **rule)["finish_reason"][0] == "length"
+    large = chat_model(text, context_size=100)
+    assert complete(["a"], model=large, **rule)["finish_reason"][0] == "stop"
+    # One that max_tokens cut is the same in any context.
+    assert complete(["a"], max_tokens=3, model=large, **rule)["finish_reason"][0] == "length"
+    assert complete(["a"], max_tokens=3, model=small, **rule)["source"][0] == "cache"
 
 
 def test_templates_that_render_alike_share_and_those_that_do_not_do_not() -> None:
@@ -190,7 +213,7 @@ def test_keys_do_not_depend_on_the_process() -> None:
         ).stdout.strip()
         for seed in ("0", "1", "77")
     }
-    canonical = json.dumps({"key": 1, "b": 1, "a": [1.5, None, "ä"]}, sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps({"key": 2, "b": 1, "a": [1.5, None, "ä"]}, sort_keys=True, separators=(",", ":"))
     content = json.dumps([{"content": "é", "role": "user"}], sort_keys=True, separators=(",", ":"))
     assert seen == {hashlib.sha256(f"{canonical}\0002 j{content}".encode()).hexdigest()}
 
