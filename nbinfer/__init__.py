@@ -20,6 +20,7 @@ from nbinfer._version import __version__
 from nbinfer.contract import rendering
 
 if TYPE_CHECKING:
+    from nbinfer.bench import bench
     from nbinfer.contract.errors import NbinferError
     from nbinfer.contract.results import Result
     from nbinfer.frames import (
@@ -98,6 +99,7 @@ _NAMES = {
         "nbinfer.frames",
     ),
     **dict.fromkeys(("memory_bar", "monitor", "panel", "status_badge"), "nbinfer.widgets"),
+    "bench": "nbinfer.bench",
     "estimate": "nbinfer.memory",
     "Result": "nbinfer.contract.results",
     "NbinferError": "nbinfer.contract.errors",
@@ -112,6 +114,7 @@ __all__ = [
     "Result",
     "__version__",
     "ainfer",
+    "bench",
     "cache",
     "classify",
     "complete",

@@ -169,6 +169,11 @@ class CompletionEngine:
         """llama.cpp's own context, for its memory breakdown."""
         return self._context.pointer
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return self._weights.end_tokens
+
     # -- callers' side ----------------------------------------------------------------------------------
 
     def render(self, request: CompletionRequest) -> tuple[str, int]:
@@ -865,12 +870,12 @@ class CompletionEngine:
         # The matcher has already taken forced tokens that no longer fitted in.
         cut = matcher is not None and (sequence.cut_short or not matcher.accepting)
         if error is None and reason == "length" and cut:
-            text = "".join(sequence.answer)
-            error = SchemaError(
+            result = self._result(sequence, reason)
+            message = (
                 f"the answer was cut after {len(sequence.generated)} tokens, before it was whole: "
-                "raise max_tokens.",
-                raw=text,
+                "raise max_tokens."
             )
+            error = SchemaError(message, raw=result.text, result=result.with_changes(error=message))
         if error is not None:
             sequence.stream.fail(error)
         else:
