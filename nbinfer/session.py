@@ -22,6 +22,7 @@ from nbinfer.contract.errors import (
     RequestError,
     SchemaError,
 )
+    short_interrupt,
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import (
     CompletionRequest,
@@ -247,12 +248,13 @@ class TextStream:
 
     def events(self) -> Iterator[Event]:
         """Yield every event; the last is ``Finished``, its result with the typed value read."""
-        try:
-            for event in self._stream:
-                yield self._note(event)
-        finally:
-            if not self._stream.done:
-                self._stream.cancel()
+        with short_interrupt("the answer was stopped."):
+            try:
+                for event in self._stream:
+                    yield self._note(event)
+            finally:
+                if not self._stream.done:
+                    self._stream.cancel()
 
     def __iter__(self) -> Iterator[str]:
         for event in self.events():
@@ -480,6 +482,7 @@ class Running:
     def __post_init__(self, stream: Stream) -> None:
         object.__setattr__(self, "_stream", weakref.ref(stream))
 
+@short_interrupt("the request was stopped.")
     @property
     def done(self) -> bool:
         """Whether it has ended."""

@@ -7,11 +7,15 @@ possible and the fix, in a few lines.
 from __future__ import annotations
 
 import traceback
+from contextlib import contextmanager
 from traceback import FrameSummary
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
+
+    from nbinfer.contract.results import Result
 
 
 class NbinferError(Exception):
@@ -30,6 +34,27 @@ class NbinferError(Exception):
         lines = [f"{type(self).__name__}: {self}", *getattr(self, "__notes__", ())]
         place = _callers_line(self.__traceback__)
         return [*lines, place] if place else lines
+
+
+@contextmanager
+def short_interrupt(words: str) -> Iterator[None]:
+    """Have an interrupt of the block shown as ``words`` and the caller's own line, as errors of ours are.
+
+    The interrupt itself goes on as it came; only what IPython shows of it is short.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        interrupt = error  # the name in an except clause ends with it
+
+        def lines() -> list[str]:
+            if NbinferError.full_tracebacks:
+                return traceback.format_exception(interrupt)
+            place = _callers_line(interrupt.__traceback__)
+            return [f"KeyboardInterrupt: {words}", *([place] if place else [])]
+
+        error._render_traceback_ = lines  # type: ignore[attr-defined]
+        raise
 
 
 def _callers_line(trace: TracebackType | None) -> str | None:
@@ -83,12 +108,14 @@ class TemplateError(RequestError):
 class SchemaError(NbinferError, ValueError):
     """The output does not satisfy the schema: cut short, or not valid.
 
-    ``raw`` holds the text as the model wrote it.
+    ``raw`` holds the text as the model wrote it; ``result``, of an answer that was cut short, all of it with
+    its counts.
     """
 
-    def __init__(self, message: str, *, raw: str = "") -> None:
+    def __init__(self, message: str, *, raw: str = "", result: Result | None = None) -> None:
         super().__init__(message)
         self.raw = raw
+        self.result = result
 
 
 class ModelNotFound(NbinferError, LookupError):  # noqa: N818 - as FileNotFoundError would read twice

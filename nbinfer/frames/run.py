@@ -31,6 +31,7 @@ from nbinfer.contract.errors import (
     NbinferError,
     NotSupported,
     RequestError,
+    short_interrupt,
 )
 from nbinfer.frames import outcomes as oc
 from nbinfer.frames.journal import KEY_VERSION, Journal, JournalError, Keys, open_journal
@@ -425,6 +426,9 @@ class Run:
 
     def columns(self) -> Columns:
         """Return what there is so far as Arrow columns, the raw material of :meth:`frame`."""
+    @short_interrupt(
+        "the run was stopped; finished rows are kept: in nb.last_run().frame(), and for the next run."
+    )
         with self._lock:
             snapshot = self._plan.outcomes.copy()
         return Columns(snapshot, self._plan.row_job)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.error import UsageError
 
 from nbinfer import session
-from nbinfer.contract.errors import NbinferError
+from nbinfer.contract.errors import short_interrupt
 from nbinfer.contract.results import Result
 from nbinfer.display.sinks import (
     JupyterSink,
@@ -222,11 +222,8 @@ def answer(
     KeyboardInterrupt
         The person stopped it; ``keep`` has got what there was.
     """
-    try:
+    with short_interrupt("the answer was stopped; what there is of it was kept."):
         return _answer(prompt, model=model, options=options, history=history, look=look, keep=keep)
-    except KeyboardInterrupt as error:
-        _shorten(error)
-        raise
 
 
 def _answer(
@@ -269,19 +266,6 @@ def _what_there_is(stream: TextStream | None, error: BaseException) -> Result:
     if isinstance(error, KeyboardInterrupt):
         return partial.with_changes(finish_reason="interrupted")
     return partial.with_changes(finish_reason="error", error=str(error) or type(error).__name__)
-
-
-def _shorten(error: KeyboardInterrupt) -> None:
-    """Make IPython show one line: where the waiting was interrupted says nothing to anybody."""
-
-    def lines() -> list[str]:
-        if NbinferError.full_tracebacks:
-            import traceback
-
-            return traceback.format_exception(error)
-        return ["KeyboardInterrupt: the answer was stopped; what there is of it was kept."]
-
-    error._render_traceback_ = lines  # type: ignore[attr-defined]
 
 
 def over_rows(

@@ -6,6 +6,7 @@ import json
 import os
 import pkgutil
 import signal
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -16,9 +17,10 @@ from support.fake_engine import HANG, FakeEngine
 from support.notebook import Notebook, notebook
 
 from nbinfer.contract.errors import EngineError, ModelNotFound, RequestError
-from nbinfer.contract.requests import CompletionRequest
+from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest
 from nbinfer.contract.results import Delta, Result
 from nbinfer.display.style import STYLE
+from nbinfer.engines.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -518,6 +520,38 @@ def test_an_error_in_plain_python_names_the_callers_line(
     shown = capsys.readouterr().out.strip().splitlines()
     assert shown[0].startswith("RequestError: temperature=9")
     assert shown[-1] == "  line 4: return nbinfer.infer('x', temperature=9)"
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("nbinfer.infer('x')", "the answer was stopped."),
+        ("list(nbinfer.stream('x'))", "the answer was stopped."),
+        ("model.embed('x')", "the request was stopped."),
+        ("nbinfer.complete(['x'])", "finished rows are kept"),
+    ],
+)
+@pytest.mark.usefixtures("results_folder")
+def test_an_interrupt_in_plain_python_names_the_callers_line(
+    nb: Notebook, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str, words: str
+) -> None:
+    engine = FakeEngine(lambda _: [HANG])
+    nb.set(model=nb.add(engine))
+    submit = engine.submit
+
+    def submit_then_press(request: Any) -> Any:
+        stream = submit(request)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        # An embedding would be there at once; nothing answers on this stream.
+        return Stream() if isinstance(request, EmbeddingRequest) else stream
+
+    monkeypatch.setattr(engine, "submit", submit_then_press)
+    with pytest.raises(KeyboardInterrupt):
+        nb.run(f"import nbinfer\n\ndef f():\n    return {call}\n\nf()")
+    first, last = capsys.readouterr().out.strip().splitlines()
+    assert first.startswith("KeyboardInterrupt: ")
+    assert words in first
+    assert last == f"  line 4: return {call}"
 
 
 # -- rows ---------------------------------------------------------------------------------------------------
