@@ -28,6 +28,8 @@ extensions = [
     "sphinx.ext.viewcode",
 ]
 exclude_patterns = ["_build"]
+highlight_language = "text"  # what a page does not call Python
+pygments_dark_style = "monokai"
 html_theme = "furo"
 html_title = f"nbinfer {release}"
 html_show_sourcelink = False
@@ -39,7 +41,6 @@ myst_heading_anchors = 3
 nb_execution_mode = os.environ.get("NBINFER_DOCS_EXECUTE", "cache")
 nb_execution_raise_on_error = True
 nb_execution_timeout = 170
-nb_merge_streams = True
 
 # A cell of %%infer holds a prompt, which is no Python.
 suppress_warnings = ["misc.highlighting_failure"]
