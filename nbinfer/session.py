@@ -21,8 +21,8 @@ from nbinfer.contract.errors import (
     ModelNotFound,
     RequestError,
     SchemaError,
-)
     short_interrupt,
+)
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import (
     CompletionRequest,
@@ -448,6 +448,7 @@ class Model:
         return prepared.read(self._adopt(result))
 
 
+@short_interrupt("the request was stopped.")
 def _wait(stream: Stream) -> Any:
     try:
         return stream.result()
@@ -482,7 +483,6 @@ class Running:
     def __post_init__(self, stream: Stream) -> None:
         object.__setattr__(self, "_stream", weakref.ref(stream))
 
-@short_interrupt("the request was stopped.")
     @property
     def done(self) -> bool:
         """Whether it has ended."""

@@ -393,6 +393,9 @@ class Run:
             raise self._error
         return self.frame()
 
+    @short_interrupt(
+        "the run was stopped; finished rows are kept: in nb.last_run().frame(), and for the next run."
+    )
     def run(self, sink: Sink) -> Any:
         """Run in the foreground: start, show progress, return the frame.
 
@@ -426,9 +429,6 @@ class Run:
 
     def columns(self) -> Columns:
         """Return what there is so far as Arrow columns, the raw material of :meth:`frame`."""
-    @short_interrupt(
-        "the run was stopped; finished rows are kept: in nb.last_run().frame(), and for the next run."
-    )
         with self._lock:
             snapshot = self._plan.outcomes.copy()
         return Columns(snapshot, self._plan.row_job)
