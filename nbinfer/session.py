@@ -678,7 +678,18 @@ def load(
     from nbinfer.contract.keepalive import KeepAlive
 
     if backend is not None and backends.get(backend).uses_external_model_management:
-        return _load_external(str(ref), backend, mode=mode, name=name, options=backend_options)
+        named = {
+            "context_size": context_size,
+            "gpu_layers": gpu_layers,
+            "kv_type": kv_type,
+            "parallel": parallel,
+            "speculative": speculative,
+            "keep_alive": keep_alive,
+        }
+        set_here = {key: value for key, value in named.items() if value is not None}
+        return _load_external(
+            str(ref), backend, mode=mode, name=name, options={**set_here, **backend_options}
+        )
     stay = None if keep_alive is None else KeepAlive.parse(keep_alive)
     resolved = resolve(str(ref), aliases=session.aliases, confirm=None if force else _confirm_download)
     asked_mode = None if mode is None else _mode(mode)
