@@ -451,7 +451,7 @@ async def _wait(request: Request, streams: Sequence[Stream], counters: Metrics) 
 
 def _cut_short(error: SchemaError) -> Result:
     """Return the cut answer, as OpenAI reports it: by its finish reason, not by an error."""
-    return Result(text=error.raw, finish_reason="length", usage=Usage(), error=str(error))
+    return error.result or Result(text=error.raw, finish_reason="length", usage=Usage(), error=str(error))
 
 
 async def _respond(

@@ -238,6 +238,7 @@ def open_engine(
     """
     from nbinfer.engines.remote.engine import Endpoint, RemoteEngine, warm_up
 
+    discovery.check_packages()
     # A second of imports, while the model loads.
     warm_up()
     request = hold_request(
@@ -251,7 +252,7 @@ def open_engine(
     def renew() -> Endpoint:
         nonlocal held
         if not held.alive:
-            held = held.again()
+            held = engine.hold = held.again()
         return endpoint()
 
     engine = RemoteEngine(

@@ -183,9 +183,20 @@ def ensure() -> Service:
 
 
 def check_packages() -> None:
-    """Raise ``BackendUnavailable`` with the install line when a package of the sidecar is missing."""
+    """Check that the sidecar can run here.
+
+    Raises
+    ------
+    BackendUnavailable
+        A package is missing, with the install line; or the system has no Unix sockets.
+    """
+    import socket
     from importlib.util import find_spec
 
+    if not hasattr(socket, "AF_UNIX"):
+        raise BackendUnavailable(
+            "the sidecar needs Unix sockets, which Python has not got on this system: use where='kernel'."
+        )
     missing = [name for name in ("fastapi", "uvicorn", "httpx", "openai") if find_spec(name) is None]
     if missing:
         raise BackendUnavailable(
