@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import string
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,9 +155,17 @@ def _schema(names: Mapping[str, Any], text: str) -> Any:
 def _choices(names: Mapping[str, Any], value: Any) -> list[str]:
     if isinstance(value, list):
         return value
-    if value.isidentifier() and value in names and not isinstance(names[value], str):
-        return [str(item) for item in names[value]]
-    return [value]
+    near: list[str] = []
+    if value.isidentifier():
+        held = names.get(value)
+        if isinstance(held, Iterable) and not isinstance(held, str):
+            return [str(item) for item in held]
+        lists = [name for name in names if name[0] != "_" and isinstance(names[name], list | tuple | set)]
+        near = difflib.get_close_matches(value, lists, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UsageError(
+        f"--choices {value}: neither a variable that holds a list, nor two choices or more: a,b.{hint}"
+    )
 
 
 def _image(names: Mapping[str, Any], text: str) -> Any:

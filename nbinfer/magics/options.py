@@ -7,8 +7,12 @@ from typing import Any, Literal, TypeAlias
 
 from nbinfer.display.result import VIEWS
 
-Kind: TypeAlias = Literal["flag", "text", "int", "float", "name", "pair", "list"]
-"""What an option's value is; ``flag`` takes none, ``pair`` is KEY=JSON, ``list`` is a,b,c."""
+Kind: TypeAlias = Literal["flag", "text", "escaped", "int", "float", "name", "pair", "list"]
+r"""What an option's value is.
+
+``flag`` takes none, ``escaped`` is text in which ``\n``, ``\t`` and ``\\`` are one character, ``pair`` is
+KEY=JSON, ``list`` is a,b,c.
+"""
 
 Completes: TypeAlias = Literal["", "model", "variable", "path", "mode"]
 
@@ -94,8 +98,9 @@ INFER: tuple[Option, ...] = (
     Option(
         name="stop",
         flags=("--stop",),
+        kind="escaped",
         metavar="TEXT",
-        help="end the answer before this text (repeatable)",
+        help=r"end the answer before this text; \n is a line end, \t a tab, \\ a backslash (repeatable)",
         keyword="stop",
         repeat=True,
     ),

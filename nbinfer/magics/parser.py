@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _NUMBER = re.compile(r"-\.?\d")
+_ESCAPE = re.compile(r"\\([nt\\])")
+_ESCAPED = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,7 @@ def parse(
     given.words = [change(text) for text in given.words]
     for option, text in found:
         _store(given, option, option.value if text is None else convert(option, change(text)))
+    _check_params(given, options)
     return given
 
 
@@ -178,6 +181,15 @@ def _value_after(line: str, at: int, option: Option, *, prompt: bool) -> tuple[s
     return word.text, word.end
 
 
+def _check_params(given: Given, options: Sequence[Option]) -> None:
+    """Refuse a -p that says again, or otherwise, what another option or another -p has said."""
+    said = {o.keyword: o.flags[-1] for o in options if o.keyword and o.name in given.values}
+    for key, _ in given.values.get("params", ()):
+        if key in said:
+            raise UsageError(f"{key} is given twice: by {said[key]} and by --param {key}; give one of them.")
+        said[key] = "--param"
+
+
 def _store(given: Given, option: Option, value: Any) -> None:
     if option.repeat:
         given.values.setdefault(option.name, []).append(value)
@@ -208,6 +220,8 @@ def convert(option: Option, text: str) -> Any:
             raise UsageError(f"{flag} takes {kind}; not {text!r}.") from None
     if option.kind == "name" and (not text.isidentifier() or keyword.iskeyword(text)):
         raise UsageError(f"{flag} takes the name of a variable; {text!r} is none.")
+    if option.kind == "escaped":
+        return _ESCAPE.sub(lambda match: _ESCAPED[match[1]], text)
     if option.kind == "pair":
         return _pair(flag, text)
     if option.kind == "list":

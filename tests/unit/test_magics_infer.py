@@ -154,6 +154,7 @@ def test_options_arrive_as_what_they_mean(nb: Notebook, fake: FakeEngine, tmp_pa
         == (0.5, 2),
         "--schema Person": lambda r: r.constraint.value["properties"]["name"]["type"] == "string",
         "--choices labels": lambda r: r.constraint.value == ("yes", "no"),
+        "--choices {{ labels[0] }},no": lambda r: r.constraint.value == ("yes", "no"),
         "--choices a,b": lambda r: r.constraint.value == ("a", "b"),
         "--regex '[0-9]+'": lambda r: r.constraint.value == "[0-9]+",
         f"--grammar {grammar}": lambda r: r.constraint.value == 'start: "x"',
@@ -476,6 +477,9 @@ def test_an_answer_that_misses_its_schema_keeps_its_text(nb: Notebook, fake: Fak
         ("%infer --grammar missing.gbnf x", ["UsageError", "missing.gbnf", "No such file"]),
         ("%infer --image missing.png x", ["UsageError", "missing.png"]),
         ("%infer --system-var nope x", ["UsageError", "nope"]),
+        ("%infer --choices lables x", ["UsageError", "lables", "a,b", "Did you mean labels"]),
+        ("%infer --choices person x", ["UsageError", "person", "holds a list"]),
+        ("%infer --choices number x", ["UsageError", "number", "holds a list"]),
         ("%infer -t 9 x", ["RequestError", "between 0 and 5"]),
         ("%infer -p tempreature=1 x", ["RequestError", "temperature"]),
         ("%infer --json --regex x x", ["RequestError", "cannot be combined"]),
@@ -489,7 +493,7 @@ def test_an_answer_that_misses_its_schema_keeps_its_text(nb: Notebook, fake: Fak
 def test_a_mistake_is_at_most_five_lines_and_names_the_fix(
     nb: Notebook, fake: FakeEngine, capsys: pytest.CaptureFixture[str], cell: str, parts: list[str]
 ) -> None:
-    nb.set(person="x", Person=Person)
+    nb.set(person="x", Person=Person, labels=["a", "b"], number=5)
     capsys.readouterr()
     with pytest.raises((UsageError, Exception)):
         nb.run(cell)

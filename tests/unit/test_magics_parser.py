@@ -69,6 +69,8 @@ def read(line: str, *, cell: bool = True, **options: Any) -> dict[str, Any]:
         ("--reasoning-budget -1", {"reasoning_budget": -1}),
         ("-s --terse", {"system": "--terse"}),
         ("--stop a --stop 'b c'", {"stop": ["a", "b c"]}),
+        (r"--stop \n --stop '\\n \t \d'", {"stop": ["\n", "\\n \t \\d"]}),
+        (r"-s 'a\nb'", {"system": r"a\nb"}),
         ("-p top_k=3 -p note=hi -p x=[1,2]", {"params": [("top_k", 3), ("note", "hi"), ("x", [1, 2])]}),
         ("--choices 'yes, no'", {"choices": ["yes", "no"]}),
         ("--choices labels", {"choices": "labels"}),
@@ -130,6 +132,10 @@ def test_a_line_ends_in_its_prompt_to_the_character(line: str, values: dict[str,
         ("-x -f json", True, ["--extract", "json"]),
         ("--new", True, ["--chat"]),
         ("--over df --chat x", True, ["--chat", "--over"]),
+        ("-t 1 -p temperature=2", True, ["temperature", "twice", "--temperature", "--param"]),
+        ("-p stop=a --stop b", True, ["stop", "twice", "--stop"]),
+        ("-p top_k=1 -p top_k=2", True, ["top_k", "twice"]),
+        ("--no-think -p think=true", True, ["think", "twice"]),
         ("--over df --dry-run", True, ["--dry-run", "--over"]),
     ],
 )
@@ -151,7 +157,9 @@ def test_values_are_expanded_before_they_are_converted_unless_raw() -> None:
     assert read("{{x}}", expand=lambda _: "demo") == {"model": "demo"}
 
 
-@pytest.mark.parametrize("line", ["", "load", "load a b", "unload a b", "ps x"])
+@pytest.mark.parametrize(
+    "line", ["", "load", "load a b", "unload a b", "ps x", "load a -c 1 -p context_size=2"]
+)
 def test_commands_check_their_words(line: str) -> None:
     name, _, rest = line.partition(" ")
     with pytest.raises(UsageError):
