@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from nbinfer.contract.errors import ContextOverflow, EngineError, NotSupported, RequestError
+from nbinfer.contract.errors import EngineError, NotSupported, RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import ScoreRequest
 from nbinfer.frames.operators import beside_names, completion_work, finish, resolve
@@ -67,10 +67,6 @@ class ScoreWork:
     def order(self, content: Any) -> Any:
         """Return the sort key that brings contents with a common beginning together."""
         return self.base.order(content)
-
-    def refuse(self, engine: Engine, content: Any) -> ContextOverflow | None:
-        """Return the error of a content that cannot fit, before anything is computed."""
-        return self.base.refuse(engine, content)
 
     def fits(self, engine: Engine, content: Any) -> bool:
         """Whether a content fits the model, with room for an answer."""

@@ -160,7 +160,8 @@ def complete(
     progress
         None chooses by where it runs; True or False; or an object with ``update`` and ``close``.
     max_tokens, temperature, seed
-        As for ``infer``. ``seed=None`` with a temperature above 0 repeats nothing and keeps nothing.
+        As for ``infer``. Equal rows share one answer at temperature 0; above it each has its own, and is
+        given it again. ``seed=None`` with a temperature above 0 repeats nothing and keeps nothing.
     **options
         Further options of ``infer``: ``system``, ``top_p``, ``stop``, ``regex``, ``raw``…
 
@@ -264,6 +265,7 @@ def _complete(
         expand=lambda content: [(content, sample) for sample in range(n)],
         per_row=n,
         seed=seed if temperature > 0 else 0,
+        draws=temperature > 0,
         nulls=nulls,
         cache=cache,
         too_long=too_long,

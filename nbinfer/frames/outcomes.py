@@ -87,11 +87,19 @@ class Outcomes:
         else:
             self.finish[job] = STOP if error is None else ERROR
 
-    def fail(self, job: int, error: str, *, prompt_tokens: int | None = None, raw: str | None = None) -> None:
+    def fail(
+        self,
+        job: int,
+        error: str,
+        *,
+        prompt_tokens: int | None = None,
+        raw: str | None = None,
+        source: int = RUN,
+    ) -> None:
         """Store why a job gave nothing, or nothing but ``raw`` text."""
         self.errors[job] = error
         self.value[job] = raw
-        self.source[job] = RUN
+        self.source[job] = source
         self.prompt[job] = NONE if prompt_tokens is None else prompt_tokens
         self.finish[job] = ERROR
 
@@ -197,7 +205,10 @@ class Columns:
         return category(self._numbers(self.outcomes.finish, np.int8), FINISH)
 
     def source(self) -> Any:
-        """Return where each row's result comes from: ``run``, ``cache`` or ``duplicate`` of a row above."""
+        """Return where each row's result comes from: ``run``, ``cache`` or ``duplicate`` of a row above.
+
+        Null for rows that asked nothing: skipped, or without a prompt that could be made.
+        """
         return category(self.source_codes(), SOURCE)
 
     def source_codes(self) -> NDArray[np.int8]:

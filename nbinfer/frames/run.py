@@ -31,6 +31,7 @@ from nbinfer.contract.errors import (
     NbinferError,
     NotSupported,
     RequestError,
+    SchemaError,
     short_interrupt,
 )
 from nbinfer.frames import outcomes as oc
@@ -98,6 +99,8 @@ class Plan:
     journal: Journal | None = None
     truncated: NDArray[np.bool_] | None = None
     """Which input rows were cut to fit; None when none may be."""
+    failure: tuple[int, Exception] | None = None
+    """The first job that the plan found failed (no prompt can be made, or a kept answer is not valid)."""
     rows_of: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -133,6 +136,7 @@ def make_plan(
     expand: Expand = once,
     per_row: int = 1,
     seed: int | None = 0,
+    draws: bool = False,
     nulls: Nulls = "skip",
     cache: CacheMode = True,
     too_long: TooLong = "error",
@@ -147,6 +151,9 @@ def make_plan(
         How many questions that are.
     seed
         None: nothing is repeatable, so that neither journal nor duplicates are used.
+    draws
+        Whether answers are drawn at random, so that rows that ask the same get an answer each: the second
+        row's first sample is the question's sample number ``per_row``, and so on.
     too_long
         "error", or what stays of the longest value of a row that does not fit.
 
@@ -163,7 +170,14 @@ def make_plan(
     choice("nulls", nulls, ("skip", "empty", "error"))
     choice("cache", cache, (True, False, "refresh"))
     planner = _Planner(
-        prompt, work, Keys({**work.constants(model), "run_seed": seed}), expand, per_row, seed, nulls
+        prompt,
+        work,
+        Keys({**work.constants(model), "run_seed": seed}),
+        expand,
+        per_row,
+        seed,
+        nulls,
+        draws=draws,
     )
     journal = open_journal() if cache is not False and seed is not None and weights(model) else None
     for start in range(0, table.rows, _CHUNK):
@@ -186,6 +200,7 @@ def make_plan(
         seed=seed,
         journal=journal,
         truncated=None if too_long == "error" else planner.truncated(table.rows),
+        failure=planner.failure,
     )
 
 
@@ -201,7 +216,10 @@ class _Planner:
         per_row: int,
         seed: int | None,
         nulls: Nulls,
+        *,
+        draws: bool,
     ) -> None:
+        self._draws = draws
         self.outcomes = Outcomes()
         self.row_job: array[int] = array("q")
         self.contents: dict[int, Any] = {}
@@ -216,6 +234,8 @@ class _Planner:
         self._seen: dict[bytes, int] = {}
         self._skipped: int | None = None
         self._cut: list[int] = []
+        self._times: dict[bytes, int] = {}
+        self.failure: tuple[int, Exception] | None = None
 
     def truncated(self, rows: int) -> NDArray[np.bool_]:
         """Return which of the rows were cut to fit."""
@@ -235,6 +255,7 @@ class _Planner:
                 raise
             except Exception as error:  # noqa: BLE001 - a row that cannot be rendered is that row's error
                 failed[following] = describe(error)
+                self._note_failure(following, error)
                 self.row_job.extend([following] * self._per_row)
                 following += 1
                 continue
@@ -253,10 +274,14 @@ class _Planner:
                 self.row_job.append(job)
         self.outcomes.grow(following - before)
         for job, error_text in failed.items():
-            self.outcomes.fail(job, error_text)
+            self.outcomes.fail(job, error_text, source=oc.NONE)
         if self._skipped is not None:
             self.outcomes.finish[self._skipped] = oc.SKIPPED
         return fresh
+
+    def _note_failure(self, job: int, error: Exception) -> None:
+        if self.failure is None or job < self.failure[0]:
+            self.failure = (job, error)
 
     def _questions(self, row: int, values: Sequence[Any]) -> list[tuple[bytes, Any]]:
         """Return the row's questions and their keys; none when the row is skipped."""
@@ -269,7 +294,14 @@ class _Planner:
         if self._seed is None:
             # Without a seed no two answers are the same question: the row becomes part of it.
             return [(key([row, asked], sample), asked) for asked, sample in self._expand(content)]
-        return [(key(asked, sample), asked) for asked, sample in self._expand(content)]
+        if not self._draws:
+            return [(key(asked, sample), asked) for asked, sample in self._expand(content)]
+        questions = []
+        for asked, sample in self._expand(content):
+            first = key(asked, sample)
+            times = self._times[first] = self._times.get(first, -1) + 1
+            questions.append((key(asked, sample + times * self._per_row) if times else first, asked))
+        return questions
 
     def look_up(self, journal: Journal, fresh: Mapping[bytes, int]) -> None:
         """Take over what the journal has."""
@@ -277,7 +309,9 @@ class _Planner:
             job = fresh[key]
             parsed, error = self._work.accept(record)
             self.outcomes.set(job, record, oc.CACHE, parsed, None if error is None else describe(error))
-            if error is None:
+            if error is not None:
+                self._note_failure(job, error)
+            else:
                 # Not needed again; a million cached rows must not keep a million prompts.
                 del self.contents[job], self.keys[job]
 
@@ -471,18 +505,21 @@ class Run:
         seen = np.zeros(plan.table.rows, bool)
         while True:
             over = self.done
+            began = time.monotonic()
             with self._lock:
                 finish = np.array(plan.outcomes.finish, np.int8)
                 ended = (finish != oc.PENDING)[plan.row_job].reshape(-1, plan.per_row).all(axis=1)
                 new = ended & ~seen
                 snapshot = plan.outcomes.copy() if new.any() else None
+            looked = time.monotonic() - began
             if snapshot is not None:
                 seen |= new
                 rows = np.flatnonzero(np.repeat(new, plan.per_row))
                 yield self._build(self, Columns(snapshot, plan.row_job, rows))
             if over:
                 return
-            self._finished.wait(0.1)
+            # Looking costs by the rows there are in all: it may take a tenth of the time, not more.
+            self._finished.wait(max(0.1, 10 * looked))
 
     @property
     def info(self) -> dict[str, Any]:
@@ -529,6 +566,8 @@ class Run:
     def _main(self) -> None:
         state = "done"
         try:
+            if self._plan.failure is not None:
+                self._react(*self._plan.failure)
             self._drive()
             if self._stop.is_set():
                 state = "cancelled"
@@ -570,19 +609,12 @@ class Run:
             self._wind_up(running)
 
     def _tasks(self) -> deque[list[int]]:
-        """Order the jobs by their beginnings, refuse those that cannot fit, and cut requests."""
-        plan, work, engine = self._plan, self._plan.work, self._plan.model.engine
+        """Order the jobs by their beginnings, and cut requests."""
+        plan, work = self._plan, self._plan.work
         pending = [job for job, finish in enumerate(plan.outcomes.finish) if finish == oc.PENDING]
         pending.sort(key=lambda job: work.order(plan.contents[job]))
-        fitting = []
-        for job in pending:
-            error = work.refuse(engine, plan.contents[job])
-            if error is None:
-                fitting.append(job)
-            else:
-                self._failed(job, error)
         tasks: deque[list[int]] = deque()
-        for job in fitting:
+        for job in pending:
             last = tasks[-1] if tasks else None
             if (
                 last is None
@@ -627,7 +659,7 @@ class Run:
         stream, jobs = running.pop(number)
         work = self._plan.work
         try:
-            result = stream.result(timeout=0)
+            result = _whole_or_cut(stream)
             if getattr(result, "finish_reason", None) == "interrupted":
                 raise EngineClosed("the engine stopped before the row was finished.")  # noqa: TRY301
             records = work.records(result, [self._plan.contents[job] for job in jobs])
@@ -696,6 +728,16 @@ class Run:
                     continue
         finally:
             self._on_error = on_error
+
+
+def _whole_or_cut(stream: Stream) -> Any:
+    """Return a finished result; of an answer that was cut before it kept to its rule, what there is."""
+    try:
+        return stream.result(timeout=0)
+    except SchemaError as error:
+        if error.result is None:
+            raise
+        return error.result
 
 
 def _together(first: Any, second: Any) -> bool:

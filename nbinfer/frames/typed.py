@@ -135,7 +135,7 @@ def plan_extract(
     params = {"max_tokens": max_tokens, "temperature": temperature, **options}
     work = completion_work(
         "extract",
-        {**params, "schema": made.closed},
+        {**params, "schema": made},
         seed=seed,
         parse=lambda text: shape.row(made.plain(made.parse(text))),
     )
@@ -150,6 +150,7 @@ def plan_extract(
         work,
         loaded,
         seed=seed if temperature > 0 else 0,
+        draws=temperature > 0,
         nulls=nulls,
         cache=cache,
         too_long=too_long,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from nbinfer.contract.errors import ContextOverflow, EngineError, NbinferError, NotSupported, SchemaError
+from nbinfer.contract.errors import EngineError, NotSupported, SchemaError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest, RerankRequest, Sampling
 from nbinfer.frames.outcomes import Record
@@ -87,10 +87,6 @@ class Work(Protocol):
 
     def order(self, content: Any) -> Any:
         """Return the sort key that brings contents with a common beginning together."""
-        ...
-
-    def refuse(self, engine: Engine, content: Any) -> ContextOverflow | None:
-        """Return the error of a content that cannot fit, before anything is computed."""
         ...
 
     def fits(self, engine: Engine, content: Any) -> bool:
@@ -227,23 +223,6 @@ class CompletionWork:
             return content
         return "\n".join(str(m.get("content", "")) for m in content)
 
-    def refuse(self, engine: Engine, content: Any) -> ContextOverflow | None:
-        """Return the error of a content that cannot fit, before anything is computed."""
-        size = engine.info.context_size
-        if self._surely_short(content, size):
-            return None
-        try:
-            _, tokens = engine.render(self.request([content], [None]))
-        except NbinferError:  # what is wrong with the row will be said when it is submitted
-            return None
-        if tokens < size:
-            return None
-        return ContextOverflow(
-            f"the prompt has {tokens} tokens; the context holds {size}, prompt and answer together.",
-            prompt_tokens=tokens,
-            context_size=size,
-        )
-
     def _surely_short(self, content: Any, tokens: int) -> bool:
         # A token is at least one byte of text, so only texts near or above the context need counting.
         return len(self.order(content).encode("utf-8", "replace")) < tokens // 2
@@ -279,6 +258,8 @@ class CompletionWork:
         extra: dict[str, Any] = {}
         if result.reasoning:
             extra["reasoning"] = result.reasoning
+        if result.error is not None:
+            extra["cut"] = True  # before it kept to its rule, as the engine says
         if result.logprobs is not None:
             extra["logprobs"] = [[lp.token, lp.logprob, [list(t) for t in lp.top]] for lp in result.logprobs]
         return [
@@ -297,10 +278,10 @@ class CompletionWork:
         """Return the typed value of a record, and why it is not valid (or None)."""
         cut = record.finish_reason == "length"
         try:
+            if (record.extra or {}).get("cut") or (cut and self._unfinished(record.value)):
+                raise SchemaError("the answer is not whole.", raw=record.value)  # noqa: TRY301
             if self.parse is not None:
                 return self.parse(record.value), None
-            if cut and self._unfinished(record.value):
-                raise SchemaError("the answer is none of the choices.", raw=record.value)  # noqa: TRY301
         except SchemaError as error:
             if not cut:
                 return None, error
@@ -388,10 +369,6 @@ class EmbeddingWork:
         # Texts of one length side by side: their requests take the same time.
         return len(content)
 
-    def refuse(self, engine: Engine, content: Any) -> None:
-        """Return the error of a content that cannot fit, before anything is computed."""
-        del engine, content
-
     def fits(self, engine: Engine, content: Any) -> bool:
         """Whether a content fits the model."""
         size = engine.info.context_size
@@ -459,10 +436,6 @@ class RerankWork:
         """Return the sort key that brings contents with a common beginning together."""
         # One request has one query: the runner cuts batches where the order's first part changes.
         return (content[0], len(content[1]))
-
-    def refuse(self, engine: Engine, content: Any) -> None:
-        """Return the error of a content that cannot fit, before anything is computed."""
-        del engine, content
 
     def fits(self, engine: Engine, content: Any) -> bool:
         """Raise: how a pair becomes tokens is the model's own business."""

@@ -25,8 +25,10 @@ from nbinfer.contract.errors import (
     ModelNotFound,
     NotSupported,
     RequestError,
+    SchemaError,
 )
 from nbinfer.contract.requests import CompletionRequest
+from nbinfer.contract.results import Result, Usage
 from nbinfer.frames import complete, last_run, submit
 from nbinfer.session import Model, session
 
@@ -56,11 +58,11 @@ def test_an_over_long_row_in_the_middle_is_that_rows_error() -> None:
     assert len(engine_of(model).requests) == 2
 
 
-def test_an_over_long_row_is_found_before_the_first_one_runs() -> None:
+def test_an_over_long_row_is_never_asked() -> None:
     model = chat_model(context_size=100)
     with pytest.raises(ContextOverflow):
         complete(["short", "w " * 600], model=model, on_error="raise")
-    assert engine_of(model).requests == []
+    assert asked(model) == ["short"]
 
 
 def test_a_row_that_the_engine_refuses_is_that_rows_error() -> None:
@@ -105,6 +107,37 @@ def test_on_error_raise_raises_the_first_error_and_keeps_what_was_done() -> None
         complete(frame, on="t", model=model, on_error="raise")
     assert "row 1 (index 'y')" in caught.value.__notes__[0]
     assert last_run().frame()["completion"].iloc[0] == "a"
+
+
+NULLS = pd.DataFrame({"t": ["a", None, "c"]}, index=["x", "y", "z"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "nulls", "error"),
+    [
+        ("{t}", "error", RequestError),
+        (lambda row: row["t"].upper(), "skip", AttributeError),
+        (lambda row: {"a": "A"}[row["t"]], "skip", KeyError),
+    ],
+    ids=["null", "attribute", "key"],
+)
+def test_a_row_without_a_prompt_is_a_failure_like_any_other(prompt: Any, nulls: Any, error: Any) -> None:
+    model = chat_model()
+    with pytest.raises(error) as caught:
+        complete(NULLS, prompt, nulls=nulls, model=model, on_error="raise")
+    assert "row 1 (index 'y')" in caught.value.__notes__[0]
+    out = complete(NULLS, prompt, nulls=nulls, model=model, on_error="stop")
+    assert list(out["finish_reason"])[:2] == ["cancelled", "error"]
+    assert engine_of(model).requests == []
+    out = complete(NULLS, prompt, nulls=nulls, model=model)
+    assert out["completion"].iloc[0].lower() == "a"
+    assert [isinstance(source, str) for source in out["source"]][:2] == [True, False]
+
+
+def test_a_kept_answer_that_breaks_its_rule_is_a_failure_again() -> None:
+    for _ in range(2):
+        with pytest.raises(SchemaError):
+            complete(["a"], schema={"type": "object"}, model=chat_model(["no"]), on_error="raise")
 
 
 def test_on_error_stop_returns_what_there_is() -> None:
@@ -224,6 +257,21 @@ def test_several_answers_per_row() -> None:
         complete(frame, on="t", n=2, model=model)
 
 
+def test_equal_rows_have_an_answer_each_where_answers_are_drawn() -> None:
+    model = chat_model()
+    rows = ["a", "b", "a", "a"]
+    out = complete(rows, temperature=0.7, model=model)
+    assert sorted(asked(model)) == ["a", "a", "a", "b"]
+    assert len({r.sampling.seed for r in engine_of(model).requests}) == 4  # type: ignore[union-attr]
+    assert set(out["source"]) == {"run"}
+    # They are the question's first, second and third sample, however they were asked for.
+    again = chat_model()
+    out = complete(["a"], n=4, temperature=0.7, model=again)
+    assert list(out["source"]) == ["cache"] * 3 + ["run"]
+    out = complete(["b", *rows], temperature=0.7, model=again)
+    assert list(out["source"]) == ["cache", "cache", "run", "cache", "cache"]
+
+
 def test_options_reach_every_request() -> None:
     model = chat_model()
     complete(["a", "b"], system="short", max_tokens=7, stop=["\n"], top_p=0.5, temperature=0.3, model=model)
@@ -272,6 +320,24 @@ def test_a_cut_answer_is_not_an_error_unless_a_rule_was_given() -> None:
     assert out["completion"].isna()[0]
     assert out["error"][0].startswith("Truncated: the answer reached max_tokens=2")
     assert out["finish_reason"][0] == "length"
+
+
+@pytest.mark.parametrize(
+    "rule", [{"regex": "[a-z ]+!"}, {"schema": {"type": "object"}}, {"json": True}], ids=str
+)
+def test_an_answer_that_the_engine_cut_before_it_kept_its_rule_has_its_counts(rule: dict[str, Any]) -> None:
+    def script(request: CompletionRequest) -> list[Any]:
+        del request
+        usage = Usage(prompt_tokens=5, completion_tokens=2)
+        result = Result(text="{ on", finish_reason="length", usage=usage, error="it was cut")
+        return [SchemaError("it was cut", raw=result.text, result=result)]
+
+    for source in ("run", "cache"):
+        out = complete(["x"], max_tokens=2, model=chat_model(script), **rule)
+        assert out["completion"].isna()[0]
+        assert out["error"][0].startswith("Truncated: the answer reached max_tokens=2")
+        assert (out["finish_reason"][0], out["source"][0]) == ("length", source)
+        assert (out["prompt_tokens"][0], out["completion_tokens"][0]) == (5, 2)
 
 
 def test_choices_reach_the_engine_and_an_unfit_answer_is_an_error() -> None:

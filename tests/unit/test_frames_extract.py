@@ -17,7 +17,7 @@ from support.frames import asked, chat_model, engine_of, last_text
 from typing_extensions import TypedDict
 
 from nbinfer.contract.errors import RequestError, SchemaError
-from nbinfer.frames import extract, submit
+from nbinfer.frames import complete, extract, submit
 from nbinfer.frames.shapes import Shape
 
 if TYPE_CHECKING:
@@ -333,3 +333,13 @@ def test_the_answers_come_from_the_journal_and_are_read_again() -> None:
 def test_it_runs_in_the_background() -> None:
     run = submit(["one"], operation="extract", schema=Point, model=answering(one={"x": 1, "y": 2}))
     assert run.wait(30)["y"][0] == 2
+
+
+def test_a_schema_reaches_the_engine_alike_from_complete_and_extract() -> None:
+    model = answering(one=GOOD)
+    extract(["one"], Review, "Review: {text}", model=model, progress=False, cache=False)
+    complete(["one"], "Review: {text}", schema=Review, model=model, progress=False, cache=False)
+    first, second = (getattr(r, "constraint", None) for r in engine_of(model).requests)
+    assert first == second
+    assert first is not None
+    assert first.value["additionalProperties"] is False

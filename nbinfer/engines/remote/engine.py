@@ -594,16 +594,14 @@ class RemoteEngine:
         if job.details is not None:
             fields = details_from_json(job.details)
             if request.constraint is not None and job.details.get("error"):
-                raise SchemaError(str(job.details["error"]), raw=fields["text"])
+                error = str(job.details["error"])
+                raise SchemaError(error, raw=fields["text"], result=Result(**fields, **common, error=error))
             return Result(**fields, **common)
-        text = _chosen(job.text, request) if not self._own else job.text
-        if request.constraint is not None and job.finish == "length":
-            raise SchemaError(
-                f"the answer was cut after {job.tokens} pieces, before it was whole: raise max_tokens.",
-                raw=text,
-            )
+        cut = request.constraint is not None and job.finish == "length"
+        # What is cut is no whole object to take the choice from.
+        text = job.text if self._own or cut else _chosen(job.text, request)
         usage = job.usage or {}
-        return Result(
+        result = Result(
             text=text,
             reasoning=job.reasoning.strip("\n") or None,
             finish_reason="length" if job.finish == "length" else "stop",
@@ -619,6 +617,10 @@ class RemoteEngine:
             tool_calls=tuple(job.calls),
             **common,
         )
+        if not cut:
+            return result
+        message = f"the answer was cut after {job.tokens} pieces, before it was whole: raise max_tokens."
+        raise SchemaError(message, raw=text, result=result.with_changes(error=message))
 
     def _put_interrupted(self, job: _Job) -> None:
         """End a cancelled request with what it has so far."""
