@@ -74,6 +74,7 @@ def shown(name: str) -> dict[str, str]:
         ("05", "rows-shown", r"Wed +2 +7 +2 plus 7 is 9\."),
         ("05", "vision", r"The background is yellow\."),
         ("09", "batch", r"mean +16\.0 +[\d.]+ +8\.25"),
+        ("09", "compare", r"(?s)\n1 .*\n2 .*\n4 "),
         ("09", "speculative", r"same text: True\n(\d+) of \1 guesses right"),
         ("09", "repeat", r"same story: True\nOnce there was a"),
     ],
