@@ -397,10 +397,10 @@ INFER_USAGE = """\
 %infer [options] [--] PROMPT     the rest of the line is the prompt
 %%infer [MODEL] [options]        the body is the prompt"""
 
-_INFER_NOTE = """\
-{{ expression }} in the prompt, and in an option's value, is replaced by a value of this notebook; single
-braces and $ stay as they are. With --over, {column} is the value of the row, and a brace that is meant is
-written twice in the row's template."""
+_INFER_NOTE = r"""Single braces are literal, double braces are expressions: {{ expression }} in the prompt,
+and in an option's value, is replaced by a value of this notebook, unless --raw is given. \mathbf{{x}}, which
+may be LaTeX or a value, is an error: --raw for the one, a space before {{ for the other. With --over,
+{column} is the value of the row, and a brace that is meant is written twice in the row's template."""
 
 
 def infer_help() -> str:

@@ -1,9 +1,12 @@
-"""``{{ expression }}`` in a prompt: values of the notebook, as text that a model can read.
+r"""``{{ expression }}`` in a prompt: values of the notebook, as text that a model can read.
 
 Prompts hold JSON, code and LaTeX, so single braces, ``$``, ``{%`` and ``{#`` are text. Only ``{{ … }}`` is
-read, in one pass: what a value holds is never read again. An expression is Jinja's (``df.head(3)``,
-``names | join(", ")``), run in a sandbox: a prompt may be pasted from anywhere, so it gets the notebook's
-variables and what they can do, but no eval, open or import, no module and no shell.
+read, in one pass: what a value holds is never read again. ``\mathbf{{x}}`` and ``e^{{x}}`` may be LaTeX or a
+value, and are an error, because neither reading may change a prompt silently.
+
+An expression is Jinja's (``df.head(3)``, ``names | join(", ")``), run in a sandbox: a prompt may be pasted
+from anywhere, so it gets the notebook's variables and what they can do, but no eval, open or import, no module
+and no shell.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ TABLE_ROWS = 20
 
 _LONGEST = 80  # characters of an expression in a message
 _ENDS = 8  # how many }} an expression may hold before its own
+_LATEX = re.compile(r"(\\[A-Za-z]{2,})\*?(?:\[[^]]*\]|\{[^{}]*\})*\Z|([\^_])\Z")
+_LATEX_BEFORE = 200  # characters in which a command with its first arguments is looked for
 _HINT = "Text that holds {{ as it is goes with --raw."
 
 _COMPUTE = "Compute it in a cell of its own, and name the variable here."
@@ -66,14 +71,15 @@ def expand(text: str, names: Mapping[str, Any], *, quote: Callable[[str], str] |
     Raises
     ------
     UsageError
-        An expression is malformed, fails, or names what there is not; the message says which and what is
-        near.
+        An expression is malformed, fails, may be LaTeX, or names what there is not; the message says which
+        and what is near.
     """
     if "{{" not in text:
         return text
     pieces, at = [], 0
     while (start := text.find("{{", at)) >= 0:
         expression, end = _read(text, start)
+        _check_latex(text, start, end)
         value = as_text(_evaluate(expression, names))
         pieces += [text[at:start], quote(value) if quote else value]
         at = end
@@ -141,10 +147,26 @@ def _read(text: str, start: int) -> tuple[str, int]:
             problem = problem or str(error.message)
         else:
             return expression, end + 1
-    line = text.count("\n", 0, start) + 1
     shown = _short(text[start:].split("}}", 1)[0]) + (" }}" if problem else "")
     problem = problem.rstrip(".") or "it is never closed"
-    raise UsageError(f"{shown} on line {line} of the prompt: {problem}.\n{_HINT}")
+    raise UsageError(f"{shown} on line {_line(text, start)} of the prompt: {problem}.\n{_HINT}")
+
+
+def _line(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1
+
+
+def _check_latex(text: str, start: int, end: int) -> None:
+    """Refuse what is LaTeX as likely as an expression: nothing may be changed that was meant as it is."""
+    match = _LATEX.search(text[max(0, start - _LATEX_BEFORE) : start])
+    if match is None:
+        return
+    if match[2] and text[start + 2].isspace():
+        return  # file_{{ number }}: nobody writes LaTeX with spaces in there
+    raise UsageError(
+        f"{_short(text[start:end])} on line {_line(text, start)} of the prompt, right after {match[0]}: "
+        f"LaTeX or a value?\nLaTeX goes with --raw; a value goes after a space."
+    )
 
 
 @lru_cache(maxsize=256)

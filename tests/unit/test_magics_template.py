@@ -84,6 +84,7 @@ NAMES: dict[str, Any] = {
         ("{{ path }}", "some/file.txt"),
         ("{{ none }}", "None"),
         ("{{ sum([1, n]) }}", "4"),
+        (r"\alpha {{n}} v{{n}} file_{{ n }} ${{n}} a\n{{n}}", r"\alpha 3 v3 file_3 $3 a\n3"),
     ],
 )
 def test_expressions_are_replaced_once(text: str, expected: str) -> None:
@@ -103,7 +104,12 @@ def test_expressions_are_replaced_once(text: str, expected: str) -> None:
         ("{{ name | nofilter }}", ["nofilter"]),
         ("{{ 'no/such/file' | read }}", ["no/such/file", "No such file"]),
         ("{{ n | read }}", ["takes a path", "int"]),
-        (r"\frac{{a}}{{b}}", ["'a'", "--raw"]),
+        (r"\frac{{a}}{{b}}", ["{{a}}", r"\frac", "--raw"]),
+        ("so\n\\mathbf{{n}}", ["{{n}} on line 2", r"\mathbf", "--raw", "space"]),
+        (r"\sqrt[3]{{n}}", ["{{n}}", r"\sqrt[3]", "--raw"]),
+        (r"\frac{1}{{ n }}", ["{{ n }}", r"\frac{1}", "--raw"]),
+        ("x_{{n}}", ["{{n}}", "after _", "--raw"]),
+        ("e^{{n}}", ["{{n}}", "after ^", "--raw"]),
         ("{{ open('x') }}", ["'open'"]),
         ("{{ __import__('os') }}", ["__import__"]),
         ("{{ name.__class__.__mro__ }}", ["unsafe"]),
