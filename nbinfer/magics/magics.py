@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
-from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, no_var_expand
+from IPython.core.magic import (
+    Magics,
+    line_cell_magic,
+    line_magic,
+    magics_class,
+    needs_local_scope,
+    no_var_expand,
+)
 
 from nbinfer.display.style import page
 from nbinfer.display.text import escape
@@ -14,6 +21,8 @@ from nbinfer.magics.options import INFER_USAGE, infer_help, nbinfer_help
 from nbinfer.magics.parser import find_command, next_word, parse_command, parse_infer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from nbinfer.display.sinks import ShownResult
     from nbinfer.magics.parser import Given
     from nbinfer.magics.settings import NbInfer
@@ -48,15 +57,21 @@ class NbInferMagics(Magics):
     @property
     def names(self) -> dict[str, Any]:
         """The notebook's variables."""
-        return template.names_of(self._shell.user_ns, self._shell.user_ns_hidden)
+        return self._names({})
+
+    def _names(self, local: Mapping[str, Any]) -> dict[str, Any]:
+        return template.names_of({**self._shell.user_ns, **local}, self._shell.user_ns_hidden)
 
     # -- asking ---------------------------------------------------------------------------------------------
 
     @no_var_expand
+    @needs_local_scope
     @line_cell_magic
-    def infer(self, line: str = "", cell: str | None = None) -> Any:
+    def infer(
+        self, line: str = "", cell: str | None = None, local_ns: Mapping[str, Any] | None = None
+    ) -> Any:
         """Ask a local model."""
-        names = self.names
+        names = self._names(local_ns or {})  # inside a function, its own variables come first
         given = parse_infer(line, cell=cell is not None, expand=lambda text: template.expand(text, names))
         if given.values.get("help"):
             show_help(infer_help())

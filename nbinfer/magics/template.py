@@ -5,8 +5,8 @@ read, in one pass: what a value holds is never read again. ``\mathbf{{x}}`` and 
 value, and are an error, because neither reading may change a prompt silently.
 
 An expression is Jinja's (``df.head(3)``, ``names | join(", ")``), run in a sandbox: a prompt may be pasted
-from anywhere, so it gets the notebook's variables and what they can do, but no eval, open or import, no module
-and no shell.
+from anywhere, so it gets the notebook's variables and what they can do, but no eval, open or import, no
+module and no shell.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from support.fake_engine import HANG, FakeEngine
 from support.notebook import Notebook, notebook
 
 from nbinfer.contract.errors import EngineError, ModelNotFound, RequestError
-from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest
+from nbinfer.contract.requests import CompletionRequest, Constraint, EmbeddingRequest
 from nbinfer.contract.results import Delta, Result
 from nbinfer.display.style import STYLE
 from nbinfer.engines.stream import Stream
@@ -99,6 +99,23 @@ def test_values_of_the_notebook_go_in_unless_raw(nb: Notebook, fake: FakeEngine)
     assert (asked(fake).messages or ())[0] == {"role": "system", "content": "be terse and kind"}
     nb.run("%%infer -q --raw\n{{ city }}")
     assert asked_text(fake) == "{{ city }}"
+
+
+def test_a_line_inside_a_function_sees_its_variables_first(nb: Notebook, fake: FakeEngine) -> None:
+    nb.set(city="Rome", shade="red")
+    nb.run(
+        "def ask(city, kinds):\n"
+        "    %infer -q --choices kinds {{ city }} {{ shade }}\n"
+        "    answer = %infer -q Where is {{ city }}?\n"
+        "    return answer\n"
+    )
+    assert nb.run("ask('Paris', ['red', 'blue'])").text == "Where is Paris?"
+    first = fake.requests[0]
+    assert isinstance(first, CompletionRequest)
+    assert (first.messages or ())[-1]["content"] == "Paris red"
+    assert first.constraint == Constraint("choices", ("red", "blue"))
+    nb.run("%infer -q {{ city }}")
+    assert asked_text(fake) == "Rome"
 
 
 def test_in_out_and_the_last_error_can_be_asked_about(nb: Notebook, fake: FakeEngine) -> None:
