@@ -8,7 +8,8 @@ import difflib
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,13 +36,14 @@ from nbinfer.contract.results import Delta, Finished, Result
 from nbinfer.contract.units import human_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from types import TracebackType
 
     import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
 
+    from nbinfer.contract.keepalive import KeepAlive
     from nbinfer.contract.rendering import Bundle
     from nbinfer.contract.requests import Message, Request
     from nbinfer.contract.results import Event
@@ -134,7 +136,7 @@ def prepare(prompt: str | None = None, **options: Any) -> Prepared:
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         constraint=constraint,
         tools=tuple(options.pop("tools", ())),
-        images=tuple(_image_bytes(image) for image in options.pop("images", ())),
+        images=tuple(_image_bytes(image) for image in _listed(options.pop("images", ()))),
         **options,
     )
     return Prepared(request, schema, choices)
@@ -160,7 +162,7 @@ def _constraint(options: dict[str, Any]) -> tuple[Constraint | None, Schema | No
     given = [
         name
         for name in ("schema", "choices", "regex", "grammar", "json")
-        if options.get(name) not in (None, False)
+        if options.get(name) is not None and options[name] is not False
     ]
     values = {name: options.pop(name, None) for name in ("schema", "choices", "regex", "grammar", "json")}
     if len(given) > 1:
@@ -172,9 +174,11 @@ def _constraint(options: dict[str, Any]) -> tuple[Constraint | None, Schema | No
         from nbinfer.contract.schemas import Schema
 
         schema = value if isinstance(value, Schema) else Schema(value)
-        return Constraint("json_schema", schema.json_schema), schema, None
+        return Constraint("json_schema", schema.closed), schema, None
     if kind == "choices":
-        choices = tuple(str(c) for c in value) if not isinstance(value, str) else ()
+        choices = (
+            tuple(str(c) for c in value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
+        )
         if not choices or any(not c for c in choices):
             raise RequestError("choices needs a list of at least one non-empty text.")
         return Constraint("choices", choices), None, choices
@@ -207,6 +211,11 @@ def _conversation(prompt: Any, options: dict[str, Any]) -> tuple[tuple[Message, 
     return tuple(conversation), None
 
 
+def _listed(images: Any) -> Any:
+    """One image counts as a list of one."""
+    return images if isinstance(images, list | tuple) else [images]
+
+
 def _image_bytes(image: Any) -> bytes:
     if isinstance(image, bytes):
         return image
@@ -220,7 +229,10 @@ def _image_bytes(image: Any) -> bytes:
         import io
 
         buffer = io.BytesIO()
-        image.save(buffer, "PNG")
+        try:
+            image.save(buffer, "PNG")
+        except OSError:  # a colour space that PNG does not have
+            image.convert("RGB").save(buffer, "PNG")
         return buffer.getvalue()
     if hasattr(image, "_repr_png_"):
         png = image._repr_png_()
@@ -245,6 +257,8 @@ class TextStream:
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._result: Result | None = None
+        # Nobody can read an answer whose stream is gone: it need not be finished.
+        weakref.finalize(self, stream.cancel)
 
     def events(self) -> Iterator[Event]:
         """Yield every event; the last is ``Finished``, its result with the typed value read."""
@@ -313,6 +327,18 @@ class TextStream:
         )
 
 
+def _with_images(prompt: str, images: Any) -> Any:
+    """The content of a message: the text alone, or images before it, as they stay in a conversation."""
+    parts: list[dict[str, Any]] = [
+        {
+            "type": "image_url",
+            "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data).decode()}"},
+        }
+        for data in map(_image_bytes, _listed(images))
+    ]
+    return [*parts, {"type": "text", "text": prompt}] if parts else prompt
+
+
 class Chat:
     """A conversation with one model; ``messages`` is its history."""
 
@@ -324,7 +350,7 @@ class Chat:
 
     def send(self, prompt: str, **options: Any) -> Result:
         """Ask, and keep both the question and the answer. A failed or interrupted turn is not kept."""
-        asked = [*self.messages, {"role": "user", "content": prompt}]
+        asked = [*self.messages, {"role": "user", "content": _with_images(prompt, options.pop("images", ()))}]
         result = self._model.infer(messages=asked, **options)
         self.messages = [*asked, {"role": "assistant", "content": result.text}]
         return result
@@ -352,6 +378,7 @@ class Model:
     """The estimate made before the load, or None."""
     loaded_at: float = field(default_factory=time.time)
     load_seconds: float = 0.0
+    keep_alive: KeepAlive | None = None
     unload_at: float | None = None
     """When (``time.time()``) it is unloaded unless it is used before; None: not by itself, or it is busy."""
 
@@ -366,6 +393,13 @@ class Model:
         from nbinfer.models import weights_digest
 
         return weights_digest(self.paths) if self.paths else self.info.digest
+
+    def keep(self, stay: KeepAlive | None) -> None:
+        """Set how long the model stays while idle; None is until it is unloaded."""
+        watched = self.keep_alive is not None and not self.keep_alive.never
+        self.keep_alive = stay
+        if stay is not None and not stay.never and not watched:
+            threading.Thread(target=_unload_when_idle, args=(self,), name="nbinfer-idle", daemon=True).start()
 
     def measured_memory(self) -> dict[str, dict[str, int]] | None:
         """What the engine itself says it holds: bytes of weights, context and compute by device; or None.
@@ -509,6 +543,7 @@ class Session:
         self._models: dict[str, Model] = {}
         self._running: weakref.WeakKeyDictionary[Stream, Running] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
+        self._loading: dict[str, threading.RLock] = {}
         self.aliases: dict[str, str] = {}
 
     def models(self) -> list[Model]:
@@ -540,6 +575,31 @@ class Session:
         with self._lock:
             known = list(self._running.values())
         return sorted((each for each in known if not each.done), key=lambda each: each.since)
+
+    def named(self, name: str) -> Model | None:
+        """Return the loaded model of exactly this name."""
+        with self._lock:
+            return self._models.get(name)
+
+    @contextmanager
+    def loading(self, name: str) -> Iterator[Callable[[Path], str]]:
+        """Hold the one place where a model of this name is loaded: a second caller waits for the first.
+
+        Yields a function that gives the name for a file: this one, or with a number where another file
+        has it already.
+        """
+        with self._lock:
+            place = self._loading.setdefault(name, threading.RLock())
+
+        def free(path: Path) -> str:
+            number, chosen = 1, name
+            while (taken := self.named(chosen)) is not None and taken.path != path:
+                number += 1
+                chosen = f"{name}-{number}"
+            return chosen
+
+        with place:
+            yield free
 
     def find(self, name: str) -> Model | None:
         """Return a loaded model by name, alias or reference; None when there is none."""
@@ -705,61 +765,57 @@ def load(
     asked = {key: value for key, value in options.items() if value is not None}
     if resolved.projector is not None and actual_mode == Mode.COMPLETION:
         asked.setdefault("projector", resolved.projector)
-    name = name or resolved.name
-    known = session.find(name)
-    if known is not None and (known.path, known.mode, known.where, dict(known.config)) == (
-        resolved.path,
-        actual_mode,
-        where,
-        asked,
-    ):
-        return known
-    adapter = backends.for_format(resolved.format, backend)
-    # The sidecar knows its own room, and can make some.
-    estimate = _fits(resolved, actual_mode, asked, force=force or where == "sidecar")
-    began = time.perf_counter()
-    if known is not None:
-        known.unload()
-    engine: Engine
-    if where == "sidecar":
-        from nbinfer.contract.config import ModelConfig
-        from nbinfer.sidecar.client import open_engine
+    with session.loading(name or resolved.name) as free_name:
+        name = name or free_name(resolved.path)
+        known = session.named(name)
+        key = (resolved.path, actual_mode, where, asked)
+        if known is not None and (known.path, known.mode, known.where, dict(known.config)) == key:
+            # In the sidecar the time runs there, and only while nobody holds the model.
+            if where == "kernel":
+                known.keep(stay)
+            return known
+        adapter = backends.for_format(resolved.format, backend)
+        # The sidecar knows its own room, and can make some.
+        estimate = _fits(resolved, actual_mode, asked, force=force or where == "sidecar", replacing=known)
+        began = time.perf_counter()
+        engine: Engine
+        if where == "sidecar":
+            from nbinfer.contract.config import ModelConfig
+            from nbinfer.sidecar.client import open_engine
 
-        engine = open_engine(
-            resolved.path,
+            engine = open_engine(
+                resolved.path,
+                name=name,
+                backend=adapter.name,
+                mode=actual_mode,
+                config=ModelConfig(keep_alive=stay),
+                options=asked,
+                on_progress=progress,
+            )
+        else:
+            engine = adapter.open(
+                resolved.path,
+                mode=actual_mode,
+                name=name,
+                on_progress=progress,
+                **asked,
+            )
+        model = Model(
+            engine=engine,
             name=name,
+            ref=str(ref),
             backend=adapter.name,
+            where=where,
             mode=actual_mode,
-            config=ModelConfig(keep_alive=stay),
-            options=asked,
-            on_progress=progress,
+            config=asked,
+            path=resolved.path,
+            paths=resolved.paths,
+            memory=estimate,
+            load_seconds=time.perf_counter() - began,
         )
-    else:
-        engine = adapter.open(
-            resolved.path,
-            mode=actual_mode,
-            name=name,
-            on_progress=progress,
-            **asked,
-        )
-    model = Model(
-        engine=engine,
-        name=name,
-        ref=str(ref),
-        backend=adapter.name,
-        where=where,
-        mode=actual_mode,
-        config=asked,
-        path=resolved.path,
-        paths=resolved.paths,
-        memory=estimate,
-        load_seconds=time.perf_counter() - began,
-    )
-    session.add(model)
-    if where == "kernel" and stay is not None and not stay.never:
-        threading.Thread(
-            target=_unload_when_idle, args=(model, stay.seconds), name="nbinfer-idle", daemon=True
-        ).start()
+        session.add(model)
+    if where == "kernel":
+        model.keep(stay)
     return model
 
 
@@ -860,20 +916,28 @@ def _natural_mode(resolved: Any) -> Mode:
     return Mode(modes[0]) if modes else Mode.COMPLETION
 
 
-def _unload_when_idle(model: Model, seconds: float) -> None:
-    """Unload a model once nothing has run on it for ``seconds``."""
-    idle_since, done = time.monotonic(), -1
+def _unload_when_idle(model: Model) -> None:
+    """Unload a model once nothing has run on it for as long as its keep-alive says.
+
+    Time runs from the end of its last use. One that goes as soon as it is idle waits for its first use.
+    """
+    idle_since, done = time.monotonic(), 0
     while any(m is model for m in session.models()):
+        stay = model.keep_alive
+        if stay is None or stay.never:
+            model.unload_at = None
+            return
         now, load_now = time.monotonic(), model.engine.load()
         progress = load_now.tokens_generated + load_now.prompt_tokens
-        if load_now.running or load_now.waiting or progress != done:
+        busy = bool(load_now.running or load_now.waiting)
+        if busy or progress != done:
             idle_since, done = now, progress
-        busy = load_now.running or load_now.waiting
-        model.unload_at = None if busy else time.time() + seconds - (now - idle_since)
-        if now - idle_since >= seconds and not load_now.running:
+        unused = not done and stay.seconds == 0
+        model.unload_at = None if busy or unused else time.time() + stay.seconds - (now - idle_since)
+        if not busy and not unused and now - idle_since >= stay.seconds:
             model.unload()
             return
-        time.sleep(min(1.0, max(seconds / 4, 0.02)))
+        time.sleep(min(1.0, max(stay.seconds / 4, 0.02)))
 
 
 _ESTIMATED = (
@@ -890,8 +954,12 @@ _ESTIMATED = (
 )
 
 
-def _fits(resolved: Any, mode: Mode, asked: Mapping[str, Any], *, force: bool) -> Any:
+def _fits(
+    resolved: Any, mode: Mode, asked: Mapping[str, Any], *, force: bool, replacing: Model | None = None
+) -> Any:
     """Estimate before the load; refuse what does not fit. None when the file's kind allows no estimate.
+
+    A model that the new one replaces stays while both fit, so that a load that fails costs nothing.
 
     Raises
     ------
@@ -900,7 +968,7 @@ def _fits(resolved: Any, mode: Mode, asked: Mapping[str, Any], *, force: bool) -
     """
     if resolved.format != "gguf" or mode == Mode.IMAGE_GENERATION:
         return None
-    from nbinfer.memory import estimate
+    from nbinfer.memory import CannotEstimate, estimate
 
     options = {name: asked[name] for name in _ESTIMATED if name in asked}
     speculative = asked.get("speculative")
@@ -908,7 +976,13 @@ def _fits(resolved: Any, mode: Mode, asked: Mapping[str, Any], *, force: bool) -
         options["draft"] = speculative.draft_path
     if asked.get("exact"):
         options["parallel"] = 1
-    made = estimate(resolved.header, mode=mode, **options)
+    try:
+        made = estimate(resolved.header, mode=mode, **options)
+        if made.verdict == "does not fit" and replacing is not None:
+            replacing.unload()
+            made = estimate(resolved.header, mode=mode, **options)
+    except CannotEstimate:
+        return None
     if made.verdict == "does not fit" and not force:
         raise DoesNotFit(_refusal(resolved.name, made))
     return made

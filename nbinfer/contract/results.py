@@ -112,6 +112,10 @@ class Result:
     def __str__(self) -> str:
         return self.text
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The model that answered stays where it is; a copy elsewhere can be read, not continued.
+        return {**self.__dict__, "continue_with": None}
+
     @property
     def code(self) -> str | None:
         """The first fenced code block, without its fence; None when there is none."""

@@ -10,6 +10,7 @@ import json
 import sys
 import typing
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from nbinfer.contract.errors import RequestError, SchemaError
@@ -48,6 +49,15 @@ class Schema:
                 f"{str(e).splitlines()[0]}",
             ) from e
 
+    @cached_property
+    def closed(self) -> dict[str, Any]:
+        """The JSON Schema for an engine: objects take no further properties unless it says that they do.
+
+        Of a type, what the engine's grammar cannot say is left to :meth:`parse`, which checks it afterwards.
+        """
+        made: dict[str, Any] = closed(self.json_schema)
+        return made if self._adapter is None else {**made, "x-guidance": {"lenient": True}}
+
     def parse(self, text: str) -> Any:
         """Return the typed value of ``text``.
 
@@ -74,6 +84,29 @@ class Schema:
         if self._adapter is None:
             return value
         return self._adapter.dump_python(value, mode="json", by_alias=True)
+
+
+def closed(schema: Any) -> Any:
+    """Return a JSON Schema whose objects take no further properties, unless it says so itself.
+
+    Fields that no column waits for would be generated for nothing.
+    """
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = dict(schema)
+    for word in ("items", "prefixItems", "anyOf", "oneOf"):
+        if word in schema:
+            out[word] = closed(schema[word])
+    if len(schema.get("allOf", ())) == 1:  # several parts each see the others' properties as further ones
+        out["allOf"] = closed(schema["allOf"])
+    for word in ("properties", "$defs", "definitions"):
+        if isinstance(schema.get(word), dict):
+            out[word] = {name: closed(part) for name, part in schema[word].items()}
+    if schema.get("properties") and "additionalProperties" not in schema:
+        out["additionalProperties"] = False
+    return out
 
 
 def _describable(source: Any) -> Any:

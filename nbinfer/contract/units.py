@@ -34,7 +34,7 @@ def parse_bytes(size: str | float) -> int:
     if isinstance(size, int | float) and not isinstance(size, bool) and size >= 0:
         return int(size)
     found = _SIZE.fullmatch(size) if isinstance(size, str) else None
-    if found is None:
+    if found is None or not isinstance(size, str):
         raise ConfigError(f"{size!r:.40} is no size: write it as 24GiB, or as a number of bytes.")
     number, unit, binary = found.groups()
     decimal = unit and not binary and size.strip()[-1] in "bB"

@@ -35,7 +35,8 @@ class Stream:
 
     def __init__(self, on_cancel: Callable[[], None] | None = None) -> None:
         self._events: deque[Event] = deque()
-        self._ready = threading.Condition(threading.Lock())
+        # Re-entrant: a stream may be cancelled by the garbage collector, in whatever thread it runs.
+        self._ready = threading.Condition(threading.RLock())
         self._on_cancel = on_cancel
         self._error: BaseException | None = None
         self._result: AnyResult | None = None

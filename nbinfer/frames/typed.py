@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 from nbinfer.contract.errors import RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.schemas import Schema
-from nbinfer.frames.operators import beside_names, completion_work, finish, resolve, side_columns
+from nbinfer.frames.operators import (
+    beside_names,
+    completion_work,
+    finish,
+    plain_number,
+    plain_options,
+    resolve,
+    side_columns,
+)
 from nbinfer.frames.progress import make_sink
 from nbinfer.frames.prompts import make_prompt
 from nbinfer.frames.run import Run, make_plan, remember
@@ -132,7 +140,8 @@ def plan_extract(
         prompt, on, table.names, only=table.only, default=_default_prompt(made), call="extract"
     )
     loaded = resolve(model, Mode.COMPLETION)
-    params = {"max_tokens": max_tokens, "temperature": temperature, **options}
+    seed = plain_number(seed)
+    params = plain_options({"max_tokens": max_tokens, "temperature": temperature, **options})
     work = completion_work(
         "extract",
         {**params, "schema": made},

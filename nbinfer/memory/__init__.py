@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from nbinfer.memory.estimate import Advice, DeviceEstimate, Estimate, estimate
+from nbinfer.memory.estimate import Advice, CannotEstimate, DeviceEstimate, Estimate, estimate
 from nbinfer.memory.live import breakdown
 from nbinfer.memory.machine import Gpu, Machine, Ram, machine
 from nbinfer.memory.vllm import VllmEstimate, estimate_vllm
 
 __all__ = [
     "Advice",
+    "CannotEstimate",
     "DeviceEstimate",
     "Estimate",
     "Gpu",

@@ -54,13 +54,45 @@ def add_compute(made: Layout, shape: Shape, settings: Settings, *, gpus: int) ->
 
     The cache, the weights and whether flash attention runs are taken from it.
     """
+    try:
+        sizes = _laid_out(made, shape, settings, gpus=gpus)
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        # Blocks of a kind that is not known here.
+        made.rough = True
+        sizes = _roughly(made, shape, gpus=gpus)
+    for device, size in sizes.items():
+        made.on(device).compute += size
+
+
+def _laid_out(made: Layout, shape: Shape, settings: Settings, *, gpus: int) -> dict[int, int]:
     if made.flash and settings.flash_attention is None and not settings.quantised_cache and gpus:
         made.flash = CPU not in made.placed or _flash_stays(made, shape, settings, gpus=gpus)
     pipeline = gpus > 1 and not settings.experts_on_cpu and CPU not in made.placed
     builder = _Builder(made, shape, settings, gpus=gpus, pipeline=pipeline)
     builder.build()
-    for device, size in builder.graph.sizes().items():
-        made.on(device).compute += size
+    return builder.graph.sizes()
+
+
+def _roughly(made: Layout, shape: Shape, *, gpus: int) -> dict[int, int]:
+    """Return what models of known kinds take at least: some results as wide as the widest matrix, and logits."""
+    numbers = made.numbers
+    widest = max(
+        (
+            tensor.shape[1]
+            for block in shape.blocks
+            for tensor in block.part.tensors.values()
+            if tensor.shape[1:]
+        ),
+        default=0,
+    )
+    blocks = _FLOAT * numbers.tokens * (2 * shape.width + 3 * widest)
+    sizes = dict.fromkeys({*made.placed, *range(gpus)}, blocks)
+    last = made.placed[-1]
+    sizes[last] = max(
+        sizes[last], _FLOAT * (numbers.outputs * shape.vocabulary + numbers.tokens * shape.width)
+    )
+    sizes[CPU] = sizes.get(CPU, 0) + 2 * _FLOAT * numbers.tokens * shape.width
+    return sizes
 
 
 def _flash_stays(made: Layout, shape: Shape, settings: Settings, *, gpus: int) -> bool:

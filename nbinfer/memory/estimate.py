@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from nbinfer.contract.errors import ConfigError, NotSupported
+from nbinfer.contract.errors import ConfigError, NbinferError, NotSupported
 from nbinfer.contract.memory import RequiredMemory
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.units import human_bytes, parse_bytes
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
     from nbinfer.gguf import Header
     from nbinfer.memory.layout import Layout
+
+
+class CannotEstimate(NotSupported):
+    """The formulas do not know this kind of model, and llama.cpp was not asked or does not either."""
+
 
 Verdict: TypeAlias = Literal["fits", "tight", "does not fit"]
 VERDICTS: tuple[Verdict, ...] = ("fits", "tight", "does not fit")
@@ -68,6 +73,9 @@ class DeviceEstimate:
         file are ``file_backed``.
     file_backed
         Pages of the file: the system may drop them, and reads them again, slowly, when they are needed.
+    at_hand
+        The pages of those that computing reads again and again. What was copied out of the file, rearranged
+        for the processor, is in ``weights`` and is not read there any more.
     overhead
         Least and most of what is known only roughly: the GPU's context, the vocabulary, buffers of libraries.
     available, total
@@ -86,6 +94,7 @@ class DeviceEstimate:
     projector: int = 0
     draft: int = 0
     file_backed: int = 0
+    at_hand: int = 0
     overhead: tuple[int, int] = (0, 0)
     available: int = 0
     total: int = 0
@@ -106,7 +115,7 @@ class DeviceEstimate:
         """Whether it fits here; ``tight`` when it depends on the overhead, or on re-reading the file."""
         if self.known + self.overhead[0] > self.available:
             return "does not fit"
-        return "fits" if self.known + self.overhead[1] + self.file_backed <= self.available else "tight"
+        return "fits" if self.known + self.overhead[1] + self.at_hand <= self.available else "tight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +178,7 @@ class Estimate:
         if device.known + device.overhead[1] > device.available:
             return f"tight: {human_bytes(device.required)} of {free} free on {device.name}"
         return (
-            f"tight: {human_bytes(device.file_backed)} of weights stay in the file, and only "
+            f"tight: {human_bytes(device.at_hand)} of weights stay in the file, and only "
             f"{human_bytes(device.available - device.required)} of memory is left to keep them at hand"
         )
 
@@ -236,6 +245,7 @@ class Estimate:
                     "kind": d.kind,
                     **{part: getattr(d, part) for part in COMPONENTS},
                     "file_backed": d.file_backed,
+                    "at_hand": d.at_hand,
                     "overhead": list(d.overhead),
                     "required": d.required,
                     "available": d.available,
@@ -396,10 +406,18 @@ def _build_uses_gpus() -> bool:
 def _estimate(header: Header, name: str, options: Mapping[str, Any], here: Machine) -> Estimate:
     if header.kind not in ("model", "vocabulary"):
         raise NotSupported(f"{name} is a GGUF {header.kind}, not a model of its own.")
-    shape = Shape.of(header)
-    settings = _settings(shape, header, options, here)
-    settings.check(shape)
-    made = layout(shape, settings, [float(gpu.free) for gpu in here.gpus])
+    try:
+        shape = Shape.of(header)
+        settings = _settings(shape, header, options, here)
+        settings.check(shape)
+        made = layout(shape, settings, [float(gpu.free) for gpu in here.gpus])
+    except NbinferError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CannotEstimate(
+            f"the memory of {name} cannot be estimated: its header is not that of a known architecture "
+            f"({header.architecture})."
+        ) from error
     measured, note = _ask(header, settings, here, exact=options.get("exact"))
     sources = dict.fromkeys(("weights", "cache", "compute"), LLAMA_CPP if measured else FORMULA)
     sources |= {"state": FORMULA, "output": FORMULA, "projector": ASSUMED, "draft": FORMULA}
@@ -506,7 +524,7 @@ def _ask(
             raise
         return None, str(problem)
     except ProbeRefused as refusal:
-        raise NotSupported(str(refusal)) from refusal
+        raise CannotEstimate(str(refusal)) from refusal
     held = {CPU: answer.on("CPU")} | {i: answer.on(f"CUDA{i}") for i in range(len(devices))}
     repacked = sum(row.model for row in answer.rows if "REPACK" in row.buffer)
     return _Measured({i: (row.model, row.context, row.compute) for i, row in held.items()}, repacked), ""
@@ -557,6 +575,7 @@ def _ram(
         compute=compute,
         output=made.output,
         file_backed=made.mapped,
+        at_hand=min(weights - repacked, made.mapped),
         overhead=(_PROCESS_OVERHEAD[0] + vocabulary, _PROCESS_OVERHEAD[1] + vocabulary),
         available=here.ram.available,
         total=here.ram.total,
@@ -605,4 +624,5 @@ def _add_companions(
                 devices[at],
                 draft=devices[at].draft + held.total - mapped,
                 file_backed=devices[at].file_backed + mapped,
+                at_hand=devices[at].at_hand + mapped,
             )

@@ -39,7 +39,8 @@ class Layout:
     """What is where. ``placed`` is the GPU of each block and, last, of the output; -1 is main memory.
 
     ``flash`` is whether flash attention runs; ``output`` and ``mapped`` are bytes of main memory: the result
-    rows, and what stays mapped of the file.
+    rows, and what stays mapped of the file. ``rough`` says that compute is a rule of thumb, for blocks of an
+    unknown kind.
     """
 
     numbers: Numbers
@@ -48,6 +49,7 @@ class Layout:
     held: dict[int, Held] = field(default_factory=dict)
     output: int = 0
     mapped: int = 0
+    rough: bool = False
 
     def on(self, device: int) -> Held:
         """Return what a device holds, by number; ``CPU`` for main memory."""

@@ -38,7 +38,7 @@ def parts(device: DeviceEstimate) -> list[tuple[str, str, int]]:
     """(key, label, bytes) of what is on a device, in the order it is drawn; nothing that is empty."""
     rows = [(key, label, getattr(device, key)) for key, label in _LABELS.items()]
     rows.append(("overhead", "overhead", sum(device.overhead) // 2))
-    rows.append(("file_backed", "in the file", device.file_backed))
+    rows.append(("file_backed", "in the file", device.at_hand))
     return [row for row in rows if row[2]]
 
 

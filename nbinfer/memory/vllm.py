@@ -1,8 +1,8 @@
 """What vLLM will take: a share of the GPU that it fixes itself, and how many tokens of cache that leaves.
 
-vLLM takes ``gpu_memory_utilization`` of a GPU whatever the model is. The questions are whether the weights and
-one sequence fit into that share, and how long a context it can then hold. Sizes come from the headers of
-the safetensors files and from ``config.json``; the cache's per-layer rules are those of vLLM's
+vLLM takes ``gpu_memory_utilization`` of a GPU whatever the model is. The questions are whether the weights
+and one sequence fit into that share, and how long a context it can then hold. Sizes come from the headers
+of the safetensors files and from ``config.json``; the cache's per-layer rules are those of vLLM's
 ``kv_cache_interface.py``.
 """
 

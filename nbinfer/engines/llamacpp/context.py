@@ -40,6 +40,10 @@ class ContextSettings:
     flash_attention: bool | None = None
 
     def __post_init__(self) -> None:
+        for name in ("context_size", "parallel", "threads", "batch_size", "micro_batch"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ConfigError(f"{name}={value!r}: it is a whole number.")
         if self.context_size is not None and self.context_size != -1 and self.context_size < 1:
             raise ConfigError(
                 f"context_size={self.context_size}: it must be at least 1 token, or -1 for the maximum."

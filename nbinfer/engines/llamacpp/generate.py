@@ -156,6 +156,7 @@ class CompletionEngine:
         self._wake = threading.Condition()
         self._inbox: deque[Sequence] = deque()
         self._waiting: deque[Sequence] = deque()
+        self._unfinished: set[Sequence] = set()
         self._cancelled: set[Stream] = set()
         self._in_flight: frozenset[Stream] = frozenset()
         self._closing = self._forked = False
@@ -281,6 +282,7 @@ class CompletionEngine:
             for sequence in sequences:
                 sequence.stream = stream
                 self._inbox.append(sequence)
+                self._unfinished.add(sequence)
             self._wake.notify()
         return stream
 
@@ -447,20 +449,17 @@ class CompletionEngine:
         return bool(self._waiting) or any(s.sequence is not None for s in self._slots)
 
     def _fail_all(self, error: NbinferError) -> None:
+        """End every request that has no end yet, wherever it was when the engine stopped."""
         with self._wake:
             self._closing = True
-            everyone = [
-                *self._waiting,
-                *self._inbox,
-                *(s.sequence for s in self._slots if s.sequence is not None),
-            ]
+            everyone, self._unfinished = self._unfinished, set()
             self._waiting.clear()
             self._inbox.clear()
             for slot in self._slots:
                 slot.sequence = None
         for sequence in everyone:
-            sequence.sampler.close()
             sequence.stream.fail(error)
+            sequence.sampler.close()
 
     def _drop_cancelled(self, cancelled: set[Stream]) -> None:
         if not cancelled:
@@ -862,11 +861,16 @@ class CompletionEngine:
                     self._trim(slot)
             else:
                 self._empty(slot)
-        matcher = sequence.sampler.matcher
         sequence.sampler.close()
         if sequence.scores is not None:
             self._finish_scoring(sequence, sequence.scores, reason, error)
-            return
+        else:
+            self._answer(sequence, reason, error)
+        self._unfinished.discard(sequence)
+
+    def _answer(self, sequence: Sequence, reason: FinishReason, error: NbinferError | None) -> None:
+        """Hand out the result of a completion, or what went wrong."""
+        matcher = sequence.sampler.matcher
         # The matcher has already taken forced tokens that no longer fitted in.
         cut = matcher is not None and (sequence.cut_short or not matcher.accepting)
         if error is None and reason == "length" and cut:

@@ -1,0 +1,167 @@
+"""Loading for real: names, replacements, waiting, going, and what a call gives back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import shutil
+import threading
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import pytest
+from pydantic import BaseModel, Field
+from support.pictures import disc
+
+import nbinfer as nb
+from nbinfer.contract.errors import ConfigError, ModelNotFound, NotSupported
+from nbinfer.models.demo import demo_path
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    yield
+    nb.unload()
+
+
+def until(holds: Callable[[], bool], seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return holds()
+
+
+def test_the_same_load_again_is_the_same_model_and_another_setting_replaces_it() -> None:
+    first = nb.load("demo", threads=1)
+    assert nb.load("demo", threads=1) is first
+    second = nb.load("demo", threads=1, context_size=512)
+    assert nb.loaded() == [second]
+    assert second.info.context_size == 512
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"mode": "reranking"}, NotSupported),
+        ({"context_size": "1024"}, ConfigError),
+        ({"kv_type": "q9"}, ConfigError),
+        ({"lora": "/no/such/adapter.gguf"}, ModelNotFound),
+    ],
+)
+def test_a_load_that_fails_leaves_the_model_that_was_there(
+    options: dict[str, Any], error: type[Exception]
+) -> None:
+    model = nb.load("demo", threads=1)
+    with pytest.raises(error):
+        nb.load("demo", threads=1, **options)
+    assert nb.loaded() == [model]
+    assert model.infer("What is 2 plus 3?").text == "2 plus 3 is 5."
+
+
+def test_a_name_of_ones_own_stays_its_own() -> None:
+    long = nb.load("demo", name="long", threads=1)
+    plain = nb.load("demo", threads=1, context_size=512)
+    assert [m.name for m in nb.loaded()] == ["long", "demo"]
+    assert nb.get("long") is long
+    assert nb.get("demo") is plain
+
+
+def test_two_files_of_one_name_live_side_by_side(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "model.gguf" for folder in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        shutil.copy(demo_path(), path)
+    first, second = (nb.load(path, threads=1) for path in paths)
+    assert (first.name, second.name) == ("model", "model-2")
+    assert nb.load(paths[1], threads=1) is second
+    assert len(nb.loaded()) == 2
+
+
+def test_callers_at_once_share_one_load() -> None:
+    models: list[nb.Model] = []
+    callers = [threading.Thread(target=lambda: models.append(nb.load("demo", threads=1))) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len({id(model) for model in models}) == 1
+    assert models[0].infer("Hello!").text
+
+
+def test_a_model_that_goes_when_idle_waits_for_its_first_use() -> None:
+    model = nb.load("demo", threads=1, keep_alive=0)
+    time.sleep(0.3)
+    assert model.infer("Hello!").text
+    assert until(lambda: nb.loaded() == [])
+
+
+def test_keep_alive_can_be_changed() -> None:
+    model = nb.load("demo", threads=1, keep_alive=0.4)
+    assert nb.load("demo", threads=1, keep_alive=-1) is model
+    time.sleep(0.9)
+    assert nb.loaded() == [model]
+    nb.load("demo", threads=1, keep_alive="100ms")
+    assert until(lambda: nb.loaded() == [])
+
+
+def test_a_stream_that_nobody_holds_stops() -> None:
+    model = nb.load("demo", threads=1)
+    stream = model.stream("Tell me a story about a dog.", temperature=1.0)
+    next(iter(stream))
+    del stream
+    assert until(lambda: model.engine.load().running == 0)
+
+
+class Tags(BaseModel):
+    tags: Annotated[set[int], Field(max_length=3)]
+    sure: bool
+
+
+def test_schemas_hold_for_fields_the_grammar_cannot_say_and_take_no_others() -> None:
+    model = nb.load("demo", threads=1)
+    parsed = model.infer("Give me JSON.", schema=Tags, max_tokens=200).parsed
+    assert isinstance(parsed.tags, set)
+    closed = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    assert set(model.infer("What is 3 plus 2? Answer in JSON.", schema=closed).parsed) == {"a"}
+
+
+def test_results_can_be_kept_elsewhere() -> None:
+    model = nb.load("demo", threads=1)
+    result = model.infer("What is 2 plus 3?")
+    for made in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):  # noqa: S301 - our own bytes
+        assert made == result
+        with pytest.raises(nb.NbinferError, match="conversation"):
+            made.reply("And 3 plus 3?")
+
+
+def test_a_chat_remembers_its_images() -> None:
+    model = nb.load("demo-vision", threads=1)
+    chat = model.chat()
+    chat.send("What color is the shape?", images=disc("red", "blue"))
+    second = chat.send("What color is the background?")
+    assert second.usage.prompt_tokens > 2 * model.infer("What color is the background?").usage.prompt_tokens
+    assert chat.messages[0]["content"][0]["type"] == "image_url"
+
+
+def test_dry_runs_count_images() -> None:
+    model = nb.load("demo-vision", threads=1)
+    request = model.request("What is this?", images=[disc("red", "blue")])
+    assert (
+        model.engine.render(request)[1]
+        == model.infer("What is this?", images=[disc("red", "blue")]).usage.prompt_tokens
+    )
+
+
+def test_a_file_of_an_unknown_architecture_says_so(tmp_path: Path) -> None:
+    strange = tmp_path / "strange.gguf"
+    strange.write_bytes(demo_path().read_bytes().replace(b"llama", b"xlama", 1))
+    with pytest.raises(nb.NbinferError) as caught:
+        nb.load(strange, threads=1)
+    assert "xlama" in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 5
