@@ -25,8 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 from _support import about, add_common_flags, endless, model_path, show
 
-from nbinfer.contract.results import Delta
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -48,19 +46,14 @@ def spinning(processes: int) -> Iterator[None]:
 
 
 def generate(model: Model, tokens: int) -> tuple[float, float]:
-    """Return tokens per second and CPU seconds per second, from the first token to the last."""
-    stream = model.stream("There was noise.", raw=True, max_tokens=tokens, logit_bias=endless(model))
-    wall = cpu = 0.0
-    seen = after = 0
-    for event in stream.events():
-        if isinstance(event, Delta):
-            seen += event.n_tokens
-            if not wall:
-                wall, cpu, after = time.perf_counter(), time.process_time(), seen
-    seconds = time.perf_counter() - wall
-    if seen == after:
+    """Return generated tokens per second, and the CPU seconds per second that this process got."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = model.infer("There was noise.", raw=True, max_tokens=tokens, logit_bias=endless(model))
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    rate = result.timings.tokens_per_second
+    if rate is None:
         raise SystemExit("the model wrote too little to measure.")
-    return (seen - after) / seconds, (time.process_time() - cpu) / seconds
+    return rate, cpu / wall
 
 
 def worker(options: argparse.Namespace) -> None:

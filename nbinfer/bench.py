@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 import statistics
 import threading
 import time
@@ -86,7 +87,8 @@ def bench(
     chosen = get(model)
     levels = (parallel,) if isinstance(parallel, int) else tuple(parallel)
     _check(chosen, prompt_tokens, new_tokens, levels, runs)
-    seeds = itertools.count(1)
+    # Elsewhere than before: an earlier call's prompts may still be in the context.
+    seeds = itertools.count(secrets.randbits(30))
     _run(chosen, prompt_tokens, new_tokens, levels[0], seeds)
     rows = []
     for level in levels:
