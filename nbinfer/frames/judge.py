@@ -6,7 +6,7 @@ a probability. Nothing falls back to a default: a row that fails has no label.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,8 @@ from nbinfer.frames.run import Run, choice, make_plan, once, remember
 from nbinfer.frames.tables import read
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from nbinfer.contract.results import ScoreResult
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from nbinfer.frames.work import CompletionWork, FrameModel
 
 Method = Literal["logits", "generate"]
+
+OPTIONS = ("raw", "system", "think")
+"""What of a completion's options changes how answers are scored."""
 
 # A chat model says "Yes" or "yes": both count.
 YES, NO = ("Yes", "yes"), ("No", "no")
@@ -132,9 +137,10 @@ def label_texts(labels: Any, *, least: int) -> dict[str, str]:
     elif isinstance(labels, Mapping):
         found = {label: str(text or "") for label, text in labels.items()}
         count = len(found)
-    elif isinstance(labels, Sequence) and not isinstance(labels, str):
-        found = dict.fromkeys(labels, "")
-        count = len(labels)
+    elif isinstance(labels, Iterable) and not isinstance(labels, str | bytes):
+        every = list(labels)
+        found = dict.fromkeys(every, "")
+        count = len(every)
     else:
         raise RequestError(
             f"labels is {type(labels).__name__}: it is a list of texts, a dict of label to description, "
@@ -178,7 +184,8 @@ def classify(
     Parameters
     ----------
     labels
-        A list of texts, a dict of label to description, or an Enum (its values).
+        Texts (a list, an array, ``series.unique()``), a dict of label to description, or an Enum (its
+        values).
     prompt
         As for :func:`complete`. Without one, and with ``on`` or a list or Series, the prompt names the labels
         and their descriptions.
@@ -253,6 +260,7 @@ def plan_classify(
 ) -> Run:
     """Return the run that :func:`classify` waits for."""
     choice("method", method, (None, "logits", "generate"))
+    check_options("classify", options)
     table = read(data)
     check_share("threshold", threshold)
     texts = label_texts(labels, least=1 if multi else 2)
@@ -383,6 +391,22 @@ def _with_ending(content: Any, ending: str) -> Any:
     return (*content[:-1], {**last, "content": last["content"] + ending})
 
 
+def check_options(call: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that change nothing where answers are scored.
+
+    Raises
+    ------
+    RequestError
+        There is one.
+    """
+    idle = [name for name in options if name not in OPTIONS]
+    if idle:
+        raise RequestError(
+            f"{call}: {', '.join(idle)} is unknown, or has no effect where answers are compared.\n"
+            f"Options: {', '.join(OPTIONS)}.",
+        )
+
+
 def check_share(name: str, value: float) -> None:
     """Refuse a number that is no probability.
 
@@ -470,9 +494,12 @@ def filter(  # noqa: A001 - the operator's common name; the built-in is not used
     RequestError
         The call itself is wrong.
     """
+    check_options("filter", options)
     table = read(data)
     check_share("threshold", threshold)
-    names = table.free_names([name], beside_names(("error",), too_long), prefix=name, keep=True)
+    names = table.free_names(
+        [name], beside_names(("error",), too_long), prefix=name, keep=True, can_drop=False
+    )
     asked = make_prompt(prompt, on, table.names, only=table.only, call="filter")
     loaded = resolve(model, Mode.COMPLETION)
     work = ScoreWork("filter", completion_work("filter", options, seed=0), (*YES, *NO))
@@ -505,4 +532,5 @@ def filter(  # noqa: A001 - the operator's common name; the built-in is not used
     rows = np.flatnonzero(stays | (missing & keep_null))
     if table.only:
         return table.take(rows)
-    return table.with_columns({name: yes.take(rows)}, rows=rows, info={**run.info, "columns": [name]})
+    info = {**run.info, "columns": [name]}
+    return table.with_columns({name: yes.take(rows)}, rows=rows, info=info, replace=[name])

@@ -68,7 +68,8 @@ def similar(
     -------
     DataFrame
         One row per match, in the corpus' family: ``query`` and ``match`` (index labels in pandas, else
-        positions), ``rank`` from 1, ``score``; best first within each query.
+        positions), ``position`` (the match's row number, for ``corpus.iloc``), ``rank`` from 1, ``score``;
+        best first within each query.
 
     Raises
     ------
@@ -374,8 +375,10 @@ def _long(
         import pandas as pd
 
         labels = [_labels(left, query), _labels(right, match)]
-        return pd.DataFrame({"query": labels[0], "match": labels[1], "rank": rank, "score": score})
-    columns = {"query": query, "match": match, "rank": rank, "score": score}
+        return pd.DataFrame(
+            {"query": labels[0], "match": labels[1], "position": match, "rank": rank, "score": score}
+        )
+    columns = {"query": query, "match": match, "position": match, "rank": rank, "score": score}
     if right.family == "polars":
         import polars as pl
 

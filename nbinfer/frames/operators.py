@@ -6,6 +6,8 @@ row with its ``error`` filled; and a cell that was interrupted goes on where it 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -95,7 +97,7 @@ def finish(
         beside = {**beside, "truncated": pa.array(run.truncated if rows is None else run.truncated[rows])}
     named = {**values, **{names[column]: array for column, array in beside.items()}}
     info = {**run.info, "columns": list(named)}
-    return table.with_columns(named, keep=keep, rows=rows, info=info)
+    return table.with_columns(named, keep=keep, rows=rows, info=info, replace=values)
 
 
 def complete(
@@ -156,7 +158,8 @@ def complete(
         the "head", the "tail" or both ends ("middle" is cut out), with room for the answer; the column
         ``truncated`` then says which rows were cut.
     keep
-        Whether a frame's own columns stay.
+        Whether a frame's own columns stay. Columns that an earlier call left under the same name are replaced
+        (pandas and pyarrow, whose frames remember it), so that ``df = nb.complete(df, …)`` can run again.
     progress
         None chooses by where it runs; True or False; or an object with ``update`` and ``close``.
     max_tokens, temperature, seed
@@ -226,6 +229,7 @@ def _complete(
     import pyarrow as pa
 
     table = read(data)
+    n, seed, logprobs = (plain_number(number) for number in (n, seed, logprobs))
     if isinstance(n, bool) or n < 1:
         raise RequestError(f"n={n!r}: it is the number of answers per row, at least 1.")
     if n > 1 and temperature == 0:
@@ -236,14 +240,16 @@ def _complete(
     names = table.free_names([name], beside_names(side, too_long), prefix=name, keep=keep)
     asked = make_prompt(prompt, on, table.names, only=table.only, call="complete")
     loaded = resolve(model, Mode.COMPLETION)
-    params = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "schema": schema,
-        "choices": choices,
-        "logprobs": logprobs or None,
-        **options,
-    }
+    params = plain_options(
+        {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "schema": schema,
+            "choices": choices,
+            "logprobs": logprobs or None,
+            **options,
+        },
+    )
     work = completion_work("complete", params, seed=seed)
 
     def build(run: Run, columns: Columns) -> Any:
@@ -276,6 +282,22 @@ def _complete(
 
 # Fewer rows are over before the advice is read.
 _ADVISE_ROWS = 32
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with numbers of NumPy as Python's own, and ``choices`` of any container as a list."""
+    out = {name: plain_number(value) for name, value in options.items()}
+    choices = out.get("choices")
+    if isinstance(choices, Iterable) and not isinstance(choices, str | bytes):
+        out["choices"] = list(choices)
+    return out
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number of another type (NumPy's, say) as an int or float; anything else as it is."""
+    if isinstance(value, bool | int | float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def completion_work(
@@ -439,6 +461,7 @@ def _embed(
 ) -> Run:
     table = read(data)
     choice("kind", kind, (None, "query", "document"))
+    dims = plain_number(dims)
     names = table.free_names([name], beside_names(("n_tokens", "error"), too_long), prefix=name, keep=keep)
     asked = make_prompt(prompt, on, table.names, only=table.only, call="embed")
     loaded = resolve(model, Mode.EMBEDDING)

@@ -159,4 +159,4 @@ def _ranked(
     out = {name: scores, **{names[word]: array for word, array in beside.items() if word in names}}
     taken = {word: array.take(pa.array(chosen)) for word, array in out.items()}
     info = {**run.info, "columns": list(out)}
-    return table.with_columns(taken, keep=keep, rows=places[chosen], info=info)
+    return table.with_columns(taken, keep=keep, rows=places[chosen], info=info, replace=[name])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -100,12 +100,24 @@ class Table:
 
     # -- writing ------------------------------------------------------------------------------------------
 
+    def earlier(self, value_names: Iterable[str]) -> set[str]:
+        """Return the columns that earlier calls with a value column of these names left: ours to replace."""
+        entry = self.provenance() or {}
+        return _columns_of([entry, *entry.get("earlier", [])], set(value_names)) & set(self.names)
+
     def free_names(
-        self, value_names: Sequence[str], side_names: Sequence[str], *, prefix: str, keep: bool
+        self,
+        value_names: Sequence[str],
+        side_names: Sequence[str],
+        *,
+        prefix: str,
+        keep: bool,
+        can_drop: bool = True,
     ) -> dict[str, str]:
         """Choose names for the side columns so that none of the input's is overwritten.
 
-        The side columns (``error``, …) all take the prefix ``<prefix>_`` as soon as one of them is taken, by
+        What an earlier call of ours left under the same names is replaced, so that a cell can run again. The
+        side columns (``error``, …) all take the prefix ``<prefix>_`` as soon as one of them is taken, by
         the frame or by a value column, so that a call's columns stay recognisable as a group.
 
         Raises
@@ -114,12 +126,17 @@ class Table:
             A value column's name is taken, or a prefixed one is.
         """
         _unique(value_names)
-        taken = set(self.names) if keep and self.kind == "frame" else set()
+        own = self.earlier(value_names)
+        taken = set(self.names) - own if keep and self.kind == "frame" else set()
         clash = [name for name in value_names if name in taken]
+        alone = ", or pass keep=False" if can_drop else ""
         if clash:
+            # The call's option names one of its columns; others have the names of fields or labels.
+            other = f"choose another name (name='{prefix}2'), " if clash[0] == prefix else ""
+            advice = f"{other}rename the column or drop it{alone}."
             raise RequestError(
-                f"the frame already has a column {clash[0]!r}, and nothing is overwritten.\n"
-                f"Choose another name (name='{clash[0]}2'), drop the column, or pass keep=False.",
+                f"the frame already has a column {clash[0]!r}, and nothing of yours is overwritten.\n"
+                f"{advice[0].upper()}{advice[1:]}",
             )
         if (taken | set(value_names)).isdisjoint(side_names):
             return {name: name for name in side_names}
@@ -127,8 +144,8 @@ class Table:
         clash = sorted((taken | set(value_names)) & set(prefixed.values()))
         if clash:
             raise RequestError(
-                f"the frame already has {', '.join(map(repr, clash))}, and nothing is overwritten.\n"
-                f"Choose another name than {prefix!r}, drop them, or pass keep=False.",
+                f"the frame already has {', '.join(map(repr, clash))}, and nothing of yours is overwritten.\n"
+                f"Choose another name than {prefix!r} (name=…), or drop them{alone}.",
             )
         return prefixed
 
@@ -162,6 +179,7 @@ class Table:
         keep: bool = True,
         rows: NDArray[np.int64] | None = None,
         info: Mapping[str, Any] | None = None,
+        replace: Iterable[str] = (),
     ) -> Any:
         """Return the rows with new columns, in the family that came in.
 
@@ -175,10 +193,13 @@ class Table:
             Positions of the input rows that the new columns belong to; None: all, in order.
         info
             Provenance, plain JSON.
+        replace
+            The value columns: what earlier calls left under their names goes.
         """
         keep = keep and self.kind == "frame"
+        old = self.earlier(replace) if keep else set()
         if self.family == "pandas":
-            return _pandas_frame(self, columns, keep=keep, rows=rows, info=info)
+            return _pandas_frame(self, columns, keep=keep, rows=rows, info=info, old=old)
         if self.family == "polars":
             import polars as pl
 
@@ -189,24 +210,42 @@ class Table:
         import pyarrow as pa
 
         if keep:
-            table = self.native if rows is None else self.native.take(pa.array(rows))
+            table = self.native.drop_columns(sorted(old))
+            table = table if rows is None else table.take(pa.array(rows))
             for name, array in columns.items():
                 table = table.append_column(name, array)
         else:
             table = pa.table(dict(columns))
         if info is not None:
             metadata = dict(table.schema.metadata or {})
-            metadata[META_KEY.encode()] = json.dumps(chain(info, self.provenance())).encode()
+            metadata[META_KEY.encode()] = json.dumps(chain(info, self.provenance(), old)).encode()
             table = table.replace_schema_metadata(metadata)
         return table
 
 
-def chain(info: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Put this call's provenance on top, with that of the calls before it under ``earlier``."""
+def chain(
+    info: Mapping[str, Any], earlier: Mapping[str, Any] | None, old: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Put this call's provenance on top, with that of the calls before it under ``earlier``.
+
+    Calls whose columns (``old``) this one replaced are forgotten.
+    """
     if not earlier:
         return dict(info)
     older = dict(earlier)
-    return {**info, "earlier": [*older.pop("earlier", []), older]}
+    calls = [*older.pop("earlier", []), older]
+    left = [call for call in calls if set(old).isdisjoint(call.get("columns", ()))]
+    return {**info, "earlier": left} if left else dict(info)
+
+
+def _columns_of(calls: Sequence[Mapping[str, Any]], values: set[str]) -> set[str]:
+    """Return the columns of the calls that made one of ``values``."""
+    found: set[str] = set()
+    for call in calls:
+        columns = set(call.get("columns", ()))
+        if columns & values:
+            found |= columns
+    return found
 
 
 def read(data: Any) -> Table:
@@ -301,15 +340,19 @@ def _pandas_frame(
     keep: bool,
     rows: NDArray[np.int64] | None,
     info: Mapping[str, Any] | None,
+    old: set[str],
 ) -> Any:
     import pandas as pd
 
+    native = table.native
+    if old:
+        native = native.loc[:, [str(column) not in old for column in native.columns]]
     if rows is None:
-        index = table.native.index
-        out = table.native.copy(deep=False) if keep else pd.DataFrame(index=index)
+        index = native.index
+        out = native.copy(deep=False) if keep else pd.DataFrame(index=index)
     else:
-        index = table.native.index.take(rows)
-        out = table.native.take(rows) if keep else pd.DataFrame(index=index)
+        index = native.index.take(rows)
+        out = native.take(rows) if keep else pd.DataFrame(index=index)
     # One concat, not one assignment per column: positions, not labels, so duplicate labels are safe.
     new = pd.DataFrame(
         {name: pd.Series(to_pandas(array), index=index) for name, array in columns.items()}, index=index
@@ -320,7 +363,7 @@ def _pandas_frame(
             out.insert(position, name, new[name].array)
     else:
         out = new
-    out.attrs = attrs if info is None else {**attrs, META_KEY: chain(info, table.provenance())}
+    out.attrs = attrs if info is None else {**attrs, META_KEY: chain(info, table.provenance(), old)}
     return out
 
 

@@ -322,6 +322,28 @@ def test_a_cut_answer_is_not_an_error_unless_a_rule_was_given() -> None:
     assert out["finish_reason"][0] == "length"
 
 
+@pytest.mark.parametrize("make", [np.array, pd.Series, pd.Index, iter, pd.Categorical])
+def test_choices_are_texts_in_any_container(make: Any) -> None:
+    out = complete(["is it red?"], choices=make(["red", "blue"]), model=chat_model())
+    assert out["completion"][0] == "red"
+    assert out.attrs["nbinfer"]["params"]["choices"] == ["red", "blue"]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    numbers: dict[str, Any] = {
+        "temperature": np.float32(0.5),
+        "max_tokens": np.int64(7),
+        "seed": np.int32(3),
+        "n": np.int8(2),
+        "logprobs": np.int16(1),
+        "top_p": np.float64(0.25),
+    }
+    model = chat_model()
+    complete(["a"], model=model, **numbers)
+    plain = {name: number.item() for name, number in numbers.items()}
+    assert set(complete(["a"], model=model, **plain)["source"]) == {"cache"}
+
+
 @pytest.mark.parametrize(
     "rule", [{"regex": "[a-z ]+!"}, {"schema": {"type": "object"}}, {"json": True}], ids=str
 )

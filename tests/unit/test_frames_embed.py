@@ -328,3 +328,11 @@ def test_a_comparison_that_means_nothing_is_refused(call: Any, says: str) -> Non
     corpus = embed(["a", "b"], model=embedding_model(model="one"))
     with pytest.raises(RequestError, match=says):
         call(corpus)
+
+
+def test_a_matchs_position_finds_its_row_where_labels_repeat() -> None:
+    corpus = pd.DataFrame({"t": ["red apple", "blue sea", "green tree"]}, index=[0, 0, 0])
+    embedded = embed(corpus, on="t", model=embedding_model())
+    found = similar("blue sea", embedded, on="embedding", k=1, model=embedding_model())
+    assert found["position"].dtype == np.int64
+    assert list(embedded.iloc[found["position"]]["t"]) == ["blue sea"]

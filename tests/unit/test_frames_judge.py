@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,9 @@ from nbinfer.contract.results import ScoreResult
 from nbinfer.frames import classify, last_run, submit
 from nbinfer.frames import filter as keep_rows
 from nbinfer.session import Model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.usefixtures("results_folder")
 
@@ -205,7 +208,7 @@ def test_it_runs_in_the_background_and_in_parts() -> None:
         (["a", "b"], {"method": "guess"}, "method="),
         (["a", "b"], {"method": "generate", "probs": True}, "no probabilities"),
         (["a", "b"], {"threshold": 2}, "0 to 1"),
-        (["a", "b"], {"temperatur": 1}, "unknown option"),
+        (["a", "b"], {"temperatur": 1}, "temperatur is unknown"),
     ],
 )
 def test_wrong_labels_or_options_raise_before_any_work(
@@ -289,6 +292,48 @@ def test_the_threshold_is_a_probability() -> None:
     assert len(keep_rows(frame, "{t}?", threshold=0.51, model=even)) == 0
     with pytest.raises(RequestError, match="0 to 1"):
         keep_rows(frame, "{t}?", threshold=50, model=even)
+
+
+def test_questions_can_be_chained_and_asked_again() -> None:
+    frame = pd.DataFrame({"t": ["a", "b"]}, index=["x", "y"])
+    even = scoring(lambda p, a: -1.0)
+    twice = keep_rows(keep_rows(frame, "{t}?", model=even), "{t}!", model=even)
+    assert list(twice.columns) == ["t", "p"]
+    assert list(twice.index) == ["x", "y"]
+    out = frame
+    for _ in range(2):
+        out = classify(out, ["one", "two"], on="t", probs=True, model=even)
+    assert list(out.columns) == ["t", "label", "p_one", "p_two", "confidence", "error"]
+    with pytest.raises(RequestError) as caught:
+        keep_rows(frame.assign(p=1), "{t}?", model=even)
+    assert "name='p2'" in str(caught.value)
+    assert "keep" not in str(caught.value)
+    with pytest.raises(RequestError) as caught:
+        classify(frame.assign(p_one=1), ["one", "two"], on="t", probs=True, model=even)
+    assert "name=" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", 0.7), ("max_tokens", 5), ("stop", "x"), ("images", [b"x"]), ("adapter", "one")],
+)
+def test_options_without_an_effect_are_refused(name: str, value: Any) -> None:
+    option, model = {name: value}, chat_model()
+    calls: list[Callable[[], Any]] = [
+        lambda: classify(["a"], LABELS, model=model, **option),
+        lambda: classify(["a"], LABELS, multi=True, model=model, **option),
+        lambda: keep_rows(["a"], "{text}?", model=model, **option),
+    ]
+    for call in calls:
+        with pytest.raises(RequestError, match=f"{name} is .*\n.*raw, system, think"):
+            call()
+    assert engine_of(model).requests == []
+
+
+@pytest.mark.parametrize("make", [np.array, pd.Series, pd.Index, iter, pl.Series, tuple, pd.Categorical])
+def test_labels_are_texts_in_any_container(make: Any) -> None:
+    out = classify(["about shipping"], make(LABELS), "{text}", model=scoring(by_last_word))
+    assert list(out["label"].cat.categories) == LABELS
 
 
 def test_filter_needs_a_question_and_a_free_name() -> None:

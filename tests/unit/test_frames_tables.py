@@ -251,6 +251,32 @@ def test_a_taken_name_raises_before_any_work() -> None:
     )
 
 
+@pytest.mark.parametrize("make", [pd.DataFrame, pa.table])
+def test_a_cell_that_replaces_its_own_frame_can_run_again(make: Any) -> None:
+    frame = make({"text": ["a", "b"], "mine": [1, 2]})
+    out = complete(frame, on="text", model=chat_model(), cache=False)
+    out = complete(out, on="text", name="second", model=chat_model())
+    second = complete(out, "say {text}", logprobs=1, model=chat_model())
+    again = complete(second, "Shout {completion}", model=chat_model())
+    names = again.column_names if isinstance(again, pa.Table) else list(again.columns)
+    kept = ["text", "mine", "second", *(f"second_{c}" for c in RESULTS[1:])]
+    assert names == [*kept, *RESULTS]
+    assert [str(v) for v in again["completion"]] == ["Shout say a", "Shout say b"]
+    made = read(again).provenance()
+    assert made is not None
+    assert [entry["params"]["name"] for entry in (made, *made["earlier"])] == ["completion", "second"]
+
+
+def test_columns_that_a_person_made_are_never_replaced() -> None:
+    out = complete(pd.DataFrame({"text": ["a"]}), on="text", model=chat_model())
+    out["other"] = ["mine"]
+    with pytest.raises(RequestError, match="already has a column 'other'"):
+        complete(out, on="text", name="other", model=chat_model())
+    # Of a call's columns some may be gone: the next call's column of the same name is not that call's.
+    second = complete(out.drop(columns="error"), on="text", name="second", keep=True, model=chat_model())
+    assert "completion" in second.columns
+
+
 def test_two_calls_on_one_frame_keep_their_columns_apart() -> None:
     frame = pd.DataFrame({"text": ["a", "b"]})
     first = complete(frame, on="text", model=chat_model())
