@@ -120,7 +120,9 @@ def _nbinfer_line(text: str, magics: NbInferMagics) -> Found | None:
 
 
 def _known_refs() -> set[str]:
-    return {"demo", "demo-embed", *session.session.aliases}
+    from nbinfer.models.demo import DEMO_MODELS
+
+    return {*DEMO_MODELS, *session.session.aliases}
 
 
 def _option_or_value(

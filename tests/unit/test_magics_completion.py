@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -12,6 +13,7 @@ from support.notebook import Notebook, notebook
 
 from nbinfer.magics.completion import complete as offers
 from nbinfer.magics.options import COMMANDS, INFER
+from nbinfer.models.demo import DEMO_MODELS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +31,7 @@ def nb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Notebook]:
         opened.add(FakeEngine(), "qwen3-0.6b")
         opened.add(FakeEngine(), "smol")
         opened.run("%nbinfer alias qshort some/file.gguf")
-        opened.set(name="Ada", names=["x"], table=pd.DataFrame({"title": ["x"]}), Person=dict)
+        opened.set(os=os, name="Ada", names=["x"], table=pd.DataFrame({"title": ["x"]}), Person=dict)
         yield opened
 
 
@@ -74,7 +76,7 @@ def test_options(nb: Notebook, start: str) -> None:
         ("%nbinfer un", ["unload"]),
         ("%nbinfer unload sm", ["smol"]),
         ("%nbinfer load --mode emb", ["embedding"]),
-        ("%nbinfer load dem", ["demo", "demo-embed"]),
+        ("%nbinfer load dem", sorted(DEMO_MODELS)),
         ("%nbinfer load gui", ["guide.lark"]),
         ("%nbinfer load demo --par", ["--parallel", "--param"]),
         ("%nbinfer help est", ["estimate"]),
@@ -100,6 +102,14 @@ def test_items_carry_their_type(nb: Notebook) -> None:
 def test_prose_and_python_are_left_alone(nb: Notebook, cell: str) -> None:
     assert "--temperature" not in complete(nb, cell)
     assert offers(cell, nb.shell._nbinfer_extension[0]) is None
+
+
+def test_what_an_expression_may_not_use_is_not_offered(nb: Notebook) -> None:
+    magics = nb.shell._nbinfer_extension[0]
+    assert offers("%%infer\n{{ os.pat", magics) is None
+    found = offers("%%infer\n{{ get_ip", magics)
+    assert found is not None
+    assert found.items == ()
 
 
 def test_nothing_of_the_value_runs_while_completing(nb: Notebook) -> None:
