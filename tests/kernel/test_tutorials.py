@@ -67,7 +67,7 @@ def shown(name: str) -> dict[str, str]:
         ("04", "ask", r"0 +0\.\d+ +Grandma's soup"),
         ("04", "ask-2", r"0 +0\.\d+ +The boiler was serviced"),
         ("04", "many", r"(?s)Doctor Weber.*bicycle's rear tyre.*lettuce.*train to Vienna"),
-        ("04", "threshold", r"0 +1 +3 +1 +0\.\d+$"),
+        ("04", "threshold", r"0 +1 +3 +0\.\d+$"),
         ("04", "prompt", r"(?s)Our train to Vienna leaves at 7:40.*nothing was run"),
         ("05", "chat-2", r"Your favorite thing is the moon\."),
         ("05", "table-prompt", r"\| Tue \| 4 \| 5 \|"),

@@ -27,8 +27,8 @@ _ALL_CELLS = '{"windowingMode": "none", "maxNumberOutputs": 10000, "autoStartDef
 
 _RUN_CELL = """async i => { const w = window.jupyterapp.shell.currentWidget; w.content.activeCellIndex = i;
   await window.jupyterapp.commands.execute('notebook:run-cell'); }"""
-_TO_TOP = """() => { const outer = document.querySelector('.jp-WindowedPanel-outer, .jp-Notebook');
-  for (let e = outer; e; e = e.parentElement) e.scrollTop = 0; }"""
+_TO_TOP = """() => { const notebook = window.jupyterapp.shell.currentWidget.content;
+  notebook.activeCellIndex = 0; return notebook.scrollToItem(0, 'start'); }"""
 _SAVE = "async () => { await window.jupyterapp.commands.execute('docmanager:save'); }"
 
 
