@@ -104,9 +104,8 @@ class Runner:
 
     def _keep_log(self) -> None:
         """Leave the log of a crash in a file, and not too many of them."""
-        text = self.log()
-        if not text:
-            return
+        # The report too: a process may die before it writes a word.
+        text = f"{self.error}\n\n{self.log()}"
         folder = runtime_folder()
         path = folder / f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(_numbers)}.log"
         with contextlib.suppress(OSError):
