@@ -30,11 +30,12 @@ _STYLES = {"Running": "green", "Error": "red", "Not Installed": "yellow", "Insta
 def main() -> None:
     """Run the command line; an error that nbinfer raises on purpose is printed without a traceback."""
     from nbinfer.contract.errors import NbinferError
+    from nbinfer.contract.rendering import printable
 
     try:
         app()
     except NbinferError as error:
-        print(f"nbinfer: {error}", file=sys.stderr)
+        print(f"nbinfer: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
 
 

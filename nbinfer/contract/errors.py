@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from traceback import FrameSummary
 from typing import TYPE_CHECKING, ClassVar
 
+from nbinfer.contract.rendering import printable
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
@@ -28,12 +30,18 @@ class NbinferError(Exception):
     full_tracebacks: ClassVar[bool] = False
 
     def _render_traceback_(self) -> list[str]:
-        """Return the lines that IPython shows instead of a traceback."""
+        """Return the lines that IPython shows instead of a traceback.
+
+        Messages hold names of files and models, which may come from anywhere: no control character of theirs
+        reaches a terminal.
+        """
         if NbinferError.full_tracebacks:
-            return traceback.format_exception(self)
-        lines = [f"{type(self).__name__}: {self}", *getattr(self, "__notes__", ())]
-        place = _callers_line(self.__traceback__)
-        return [*lines, place] if place else lines
+            lines = traceback.format_exception(self)
+        else:
+            lines = [f"{type(self).__name__}: {self}", *getattr(self, "__notes__", ())]
+            place = _callers_line(self.__traceback__)
+            lines += [place] if place else []
+        return [printable(line) for line in lines]
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 
+from nbinfer.contract.rendering import printable
 from nbinfer.contract.results import Result
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def _evaluate(expression: str, names: Mapping[str, Any]) -> Any:
     except (UndefinedError, TemplateRuntimeError) as error:
         raise UsageError(f"{shown}: {str(error).rstrip('.')}.\n{_HINT}") from None
     except Exception as error:
-        raise UsageError(f"{shown} failed: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{shown} failed: {type(error).__name__}: {printable(str(error))}") from error
     return value
 
 

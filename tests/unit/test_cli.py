@@ -120,14 +120,14 @@ def test_an_error_of_ours_is_its_message_and_exit_code_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(ref: str) -> None:
-        raise ModelNotFound(f"no model {ref!r}.\nDid you mean demo?")
+        raise ModelNotFound(f"no model {ref!r}\x1b[2J.\nDid you mean demo?")
 
     monkeypatch.setattr(memory, "estimate", fail, raising=False)
     monkeypatch.setattr(sys, "argv", ["nbinfer", "estimate", "dmo"])
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 1
-    assert capsys.readouterr().err == "nbinfer: no model 'dmo'.\nDid you mean demo?\n"
+    assert capsys.readouterr().err == "nbinfer: no model 'dmo'\u241b[2J.\nDid you mean demo?\n"
 
 
 def test_the_program_lists_the_real_backends() -> None:

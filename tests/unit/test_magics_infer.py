@@ -533,6 +533,25 @@ def test_full_tracebacks_on_request(
     assert "requests.py" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_an_error_hands_no_control_character_to_the_terminal(
+    nb: Notebook, fake: FakeEngine, capsys: pytest.CaptureFixture[str], full: bool
+) -> None:
+    fake.script = lambda _: [EngineError("\x1b]0;title\x07 \x9b2J\nline two")]
+    nb.run(f"%config NbInfer.full_tracebacks = {full}")
+    try:
+        for cell in ("%infer -q go", "import nbinfer; nbinfer.infer('go')"):
+            capsys.readouterr()
+            with pytest.raises(EngineError) as caught:
+                nb.run(cell)
+            shown = capsys.readouterr().out
+            assert "\u241b]0;title\u2407 \ufffd2J\nline two" in shown
+            assert not set("\x1b\x07\x9b") & set(shown)
+            assert "\x1b" in str(caught.value)  # a program that reads it gets it as it is
+    finally:
+        nb.run("%config NbInfer.full_tracebacks = False")
+
+
 def test_an_error_in_plain_python_names_the_callers_line(
     nb: Notebook, fake: FakeEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
