@@ -74,7 +74,7 @@ def _laid_out(made: Layout, shape: Shape, settings: Settings, *, gpus: int) -> d
 
 
 def _roughly(made: Layout, shape: Shape, *, gpus: int) -> dict[int, int]:
-    """Return what models of known kinds take at least: some results as wide as the widest matrix, and logits."""
+    """Return what models of known kinds take: some results as wide as the widest matrix, and logits."""
     numbers = made.numbers
     widest = max(
         (
@@ -462,7 +462,7 @@ class _Builder:
 
     def _rotation(self, which: str, size: int) -> Result | None:
         """Return the matrix that spreads the values of a quantised cache over a head, or None."""
-        if not self.settings.quantised_cache or size % _ROTATION or not self.shape.has_cache:
+        if not self.settings.quantised_cache or size < 1 or size % _ROTATION or not self.shape.has_cache:
             return None
         side = _ROTATION
         if which == "keys":

@@ -421,7 +421,7 @@ def _estimate(header: Header, name: str, options: Mapping[str, Any], here: Machi
     measured, note = _ask(header, settings, here, exact=options.get("exact"))
     sources = dict.fromkeys(("weights", "cache", "compute"), LLAMA_CPP if measured else FORMULA)
     sources |= {"state": FORMULA, "output": FORMULA, "projector": ASSUMED, "draft": FORMULA}
-    if not shape.exact and not measured:
+    if (made.rough or not shape.exact) and not measured:
         note = f"{shape.architecture} has parts that the formulas do not cover: the real need may differ"
     devices = [_ram(made, shape, settings, here, measured, sources)]
     devices += [_gpu(made, i, gpu, measured, sources) for i, gpu in enumerate(here.gpus)]
@@ -560,9 +560,11 @@ def _ram(
 ) -> DeviceEstimate:
     host = made.on(CPU)
     weights, cache, compute, repacked = host.weights, host.cache, host.compute, host.repacked
+    state = host.state
     if measured is not None:
         weights, context, compute = measured.held[CPU]
-        cache, repacked = context - host.state, measured.repacked
+        state = min(state, context)
+        cache, repacked = context - state, measured.repacked
     # Mapped weights stay in the file; what is rearranged is copied out of it.
     anonymous = repacked if settings.mmap else weights
     vocabulary = _VOCABULARY_BYTES * shape.vocabulary
@@ -571,7 +573,7 @@ def _ram(
         kind="ram",
         weights=anonymous,
         cache=cache,
-        state=host.state,
+        state=state,
         compute=compute,
         output=made.output,
         file_backed=made.mapped,
@@ -587,16 +589,17 @@ def _gpu(
     made: Layout, number: int, gpu: Gpu, measured: _Measured | None, sources: Mapping[str, str]
 ) -> DeviceEstimate:
     held = made.on(number)
-    weights, cache, compute = held.weights, held.cache, held.compute
+    weights, cache, state, compute = held.weights, held.cache, held.state, held.compute
     if measured is not None:
         weights, context, compute = measured.held[number]
-        cache = context - held.state
+        state = min(state, context)
+        cache = context - state
     return DeviceEstimate(
         name=gpu.name if gpu.name.startswith("GPU") else f"GPU {gpu.index} ({gpu.name})",
         kind="gpu",
         weights=weights,
         cache=cache,
-        state=held.state,
+        state=state,
         compute=compute,
         overhead=_GPU_OVERHEAD,
         available=gpu.free,

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nbinfer.contract.errors import NotSupported
 from nbinfer.gguf.types import tensor_types
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ _LOOKED_UP = (
 )
 _BATCHED_MATRICES = ("attn_k_b.weight", "attn_v_b.weight")
 _TWO_DIMENSIONS = 2
+_MOST_BLOCKS, _MOST_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
 
 
 def padded(size: int, alignment: int) -> int:
@@ -271,6 +273,11 @@ def _number(header: Header, key: str, default: int = 0) -> int:
 def _shape(header: Header) -> Shape:
     architecture = header.architecture
     count = max(header.n_layers or 0, 0)
+    if count > _MOST_BLOCKS or _number(header, "expert_count") > _MOST_EXPERTS:
+        raise NotSupported(
+            f"the header speaks of {count} blocks and {_number(header, 'expert_count')} experts: "
+            f"llama.cpp reads up to {_MOST_BLOCKS} and {_MOST_EXPERTS}."
+        )
     drafting = min(_number(header, "nextn_predict_layers"), count)
     trunk = count - drafting
     width = _number(header, "embedding_length")
@@ -331,7 +338,7 @@ def _shape(header: Header) -> Shape:
         causal=bool(header.get("attention.causal", True)) and has_cache,
         exact=architecture not in _OWN_CACHE,
         n_experts=_number(header, "expert_count"),
-        n_experts_used=max(used),
+        n_experts_used=min(max(used), _number(header, "expert_count")),
         blocks=blocks,
         input=input_part,
         output=output_part,
