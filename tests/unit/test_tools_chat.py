@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def drawn(seed: int, count: int) -> list[Conversation]:
-    rng = random.Random(seed)  # noqa: S311 - a corpus, not a secret
+    rng = random.Random(seed)
     return [conversation(rng) for _ in range(count)]
 
 
