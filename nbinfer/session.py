@@ -327,7 +327,7 @@ class TextStream:
         )
 
 
-def _with_images(prompt: str, images: Any) -> Any:
+def with_images(prompt: str, images: Any) -> Any:
     """The content of a message: the text alone, or images before it, as they stay in a conversation."""
     parts: list[dict[str, Any]] = [
         {
@@ -350,7 +350,7 @@ class Chat:
 
     def send(self, prompt: str, **options: Any) -> Result:
         """Ask, and keep both the question and the answer. A failed or interrupted turn is not kept."""
-        asked = [*self.messages, {"role": "user", "content": _with_images(prompt, options.pop("images", ()))}]
+        asked = [*self.messages, {"role": "user", "content": with_images(prompt, options.pop("images", ()))}]
         result = self._model.infer(messages=asked, **options)
         self.messages = [*asked, {"role": "assistant", "content": result.text}]
         return result

@@ -15,7 +15,7 @@ import numpy as np
 from nbinfer.contract.errors import NotSupported, RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.frames.progress import make_sink
-from nbinfer.frames.prompts import Template, make_prompt
+from nbinfer.frames.prompts import Template, WithImages, make_prompt, unknown_column
 from nbinfer.frames.run import Run, choice, make_plan, remember
 from nbinfer.frames.tables import Table, read
 from nbinfer.frames.work import CompletionWork, EmbeddingWork
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from nbinfer.frames.outcomes import Columns
     from nbinfer.frames.progress import Sink
+    from nbinfer.frames.prompts import Prompt
     from nbinfer.frames.run import CacheMode, Nulls, OnError, TooLong
     from nbinfer.frames.work import FrameModel
 
@@ -110,6 +111,7 @@ def complete(
     n: int = 1,
     schema: Any = None,
     choices: Any = None,
+    images: Any = None,
     logprobs: int = 0,
     cache: CacheMode = True,
     on_error: OnError = "null",
@@ -142,6 +144,9 @@ def complete(
         Answers per row, each with its own seed: the frame gets ``n`` rows per row and a column ``sample``.
     schema, choices
         A rule for the answers, as for ``infer``; an answer cut short by ``max_tokens`` is then an error.
+    images
+        The column of each row's images (a path, bytes, a PIL image, or a list of them); the prompt may then
+        be the same for every row. Or a list of images that all rows share.
     logprobs
         k > 0 adds ``mean_logprob`` and ``logprobs`` with the k most likely tokens at each place.
     cache
@@ -191,6 +196,7 @@ def complete(
         n=n,
         schema=schema,
         choices=choices,
+        images=images,
         logprobs=logprobs,
         cache=cache,
         on_error=on_error,
@@ -215,6 +221,7 @@ def _complete(
     n: int = 1,
     schema: Any = None,
     choices: Any = None,
+    images: Any = None,
     logprobs: int = 0,
     cache: CacheMode = True,
     on_error: OnError = "null",
@@ -238,7 +245,10 @@ def _complete(
         )
     side = (*(("sample",) if n > 1 else ()), *SIDE, *(("mean_logprob", "logprobs") if logprobs else ()))
     names = table.free_names([name], beside_names(side, too_long), prefix=name, keep=keep)
-    asked = make_prompt(prompt, on, table.names, only=table.only, call="complete")
+    own = isinstance(images, str)
+    asked = make_prompt(prompt, on, table.names, only=table.only, call="complete", fixed=own)
+    if own:
+        asked = _with_images(asked, images, table, too_long, options)
     loaded = resolve(model, Mode.COMPLETION)
     params = plain_options(
         {
@@ -246,6 +256,7 @@ def _complete(
             "temperature": temperature,
             "schema": schema,
             "choices": choices,
+            "images": None if own else images,
             "logprobs": logprobs or None,
             **options,
         },
@@ -277,7 +288,19 @@ def _complete(
         too_long=too_long,
     )
     advice = asked.advice if isinstance(asked, Template) and table.rows >= _ADVISE_ROWS else None
-    return Run(plan, build, params={**params, "n": n, "name": name}, on_error=on_error, advice=advice)
+    said = {**params, "n": n, "name": name, "images": images}
+    return Run(plan, build, params=said, on_error=on_error, advice=advice)
+
+
+def _with_images(
+    prompt: Prompt, column: str, table: Table, too_long: str, options: Mapping[str, Any]
+) -> WithImages:
+    if column not in table.names:
+        raise unknown_column(column, table.names, asked_by="images")
+    if too_long != "error" or options.get("raw"):
+        option = "raw=True" if options.get("raw") else f"too_long={too_long!r}"
+        raise RequestError(f"{option} does not go with a column of images.")
+    return WithImages(prompt, column)
 
 
 # Fewer rows are over before the advice is read.
@@ -418,7 +441,8 @@ def embed(
     -------
     DataFrame
         ``embedding`` (a fixed-size list of float32; null for failed and skipped rows), ``n_tokens``,
-        ``error``. :func:`vectors` gives the matrix.
+        ``error``. :func:`vectors` gives the matrix. Saved with ``to_parquet``, such columns are read with
+        ``pd.read_parquet(path, dtype_backend="pyarrow")``: pandas does not read them by default.
 
     Raises
     ------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any, Protocol, TypeAlias
 
 from nbinfer.contract.errors import RequestError
@@ -82,7 +83,19 @@ def as_content(value: Any) -> Content:
         if not messages:
             raise RequestError("a row holds an empty list of messages.")
         return tuple(messages)
+    _refuse_unlike_text(value, "a row")
     return str(value)
+
+
+def _refuse_unlike_text(value: Any, where: str) -> None:
+    """Refuse what only has a text for programmers: ``<PIL.Image… at 0x…>`` says nothing to a model."""
+    kind: Any = type(value)
+    picture = hasattr(value, "_repr_png_") or getattr(value, "ndim", 0) > 1
+    own_text = kind.__str__ is not object.__str__ or kind.__format__ is not object.__format__
+    if picture or not (own_text or kind.__module__ == "builtins" or is_dataclass(value)):
+        raise RequestError(
+            f"{where} holds {kind.__name__}; a prompt takes text. For pictures: images='column'."
+        )
 
 
 def _list_columns(columns: Sequence[str]) -> str:
@@ -115,7 +128,7 @@ class Template:
 
     takes_null = False
 
-    def __init__(self, text: str, columns: Sequence[str], *, only: bool = False) -> None:
+    def __init__(self, text: str, columns: Sequence[str], *, only: bool = False, fixed: bool = False) -> None:
         self.source = text
         known = set(columns)
         names: list[str] = []
@@ -145,7 +158,7 @@ class Template:
             if field not in names:
                 names.append(field)
             self._pieces.append((literal, names.index(field), conversion, spec or ""))
-        if not names:
+        if not names and not fixed:
             raise RequestError(
                 "the template has no field, so every row would ask the same.\n"
                 f"Name a column in braces, or use on='column'. Columns: {_list_columns(columns)}.",
@@ -182,7 +195,9 @@ class Template:
                 continue
             if isinstance(value, bytes | bytearray | memoryview):
                 raise RequestError(f"column {self.columns[column]!r} holds bytes; a template takes text.")
-            if conversion:
+            if not conversion:
+                _refuse_unlike_text(value, f"column {self.columns[column]!r}")
+            else:
                 value = _CONVERSIONS[conversion](value)
             out.append(format(value, spec))
         return "".join(out)
@@ -264,6 +279,35 @@ class Jinja:
     def render(self, values: Sequence[Any]) -> str:
         """Run the template on this row's values."""
         return self._template.render(dict(zip(self._fields, values, strict=True)))
+
+
+class WithImages:
+    """A prompt beside each row's own images.
+
+    Parameters
+    ----------
+    prompt
+        What is asked about them; text, not a conversation.
+    column
+        Holds a path, bytes, a PIL image, or a list of them; null (where nulls are not skipped): no image.
+    """
+
+    def __init__(self, prompt: Prompt, column: str) -> None:
+        self._prompt = prompt
+        self.columns = (*prompt.columns, column)
+        self.takes_null = prompt.takes_null
+        self.source = prompt.source
+
+    def render(self, values: Sequence[Any]) -> Content | None:
+        """Return one user message: the images, then the text."""
+        from nbinfer.session import with_images
+
+        text, images = self._prompt.render(values[:-1]), values[-1]
+        if text is None or images is None or images == "":
+            return text
+        if not isinstance(text, str):
+            raise RequestError("this row's prompt is a conversation: put the images into its messages.")
+        return ({"role": "user", "content": with_images(text, images)},)
 
 
 class Trimmed:
@@ -358,6 +402,7 @@ def make_prompt(
     only: bool,
     default: str | None = None,
     call: str = "complete",
+    fixed: bool = False,
 ) -> Prompt:
     """Return the prompt that ``prompt`` and ``on`` ask for.
 
@@ -373,6 +418,8 @@ def make_prompt(
         Whether the data is a list or Series.
     default
         The operator's own template around one text, with the field ``{text}``.
+    fixed
+        Whether a template may be the same for every row, because something beside it differs.
 
     Raises
     ------
@@ -384,7 +431,7 @@ def make_prompt(
     if isinstance(prompt, Jinja):
         return prompt.bind(columns, only=only)
     if isinstance(prompt, str):
-        return Template(prompt, columns, only=only)
+        return Template(prompt, columns, only=only, fixed=fixed)
     if callable(prompt):
         return Call(prompt, columns, only=only)
     if prompt is not None:

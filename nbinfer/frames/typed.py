@@ -81,7 +81,8 @@ def extract(
     -------
     DataFrame
         The fields, as text, ``Int64``, ``Float64``, ``boolean``, category (enumerations), datetime, or Arrow
-        lists and structs; ``raw`` (the text as the model wrote it), ``error`` and the other columns of
+        lists and structs (a saved frame with these: ``pd.read_parquet(path, dtype_backend="pyarrow")``);
+        ``raw`` (the text as the model wrote it), ``error`` and the other columns of
         :func:`complete`. An answer that was cut short is an error, its fields null.
 
     Raises

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,7 +16,7 @@ from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest, Reran
 from nbinfer.frames.outcomes import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from nbinfer.contract.requests import Request
     from nbinfer.contract.results import EmbeddingResult, RerankResult, Result
@@ -148,8 +149,6 @@ def identity(model: FrameModel) -> dict[str, Any]:
 
 def _digests(files: Any) -> Any:
     """Return the digests of files that were loaded beside the weights, by name where they have one."""
-    from collections.abc import Mapping
-
     from nbinfer.models.digest import file_digest
 
     if files is None:
@@ -221,7 +220,7 @@ class CompletionWork:
         """Return the sort key that brings contents with a common beginning together."""
         if isinstance(content, str):
             return content
-        return "\n".join(str(m.get("content", "")) for m in content)
+        return "\n".join(_said(m.get("content", "")) for m in content)
 
     def _surely_short(self, content: Any, tokens: int) -> bool:
         # A token is at least one byte of text, so only texts near or above the context need counting.
@@ -312,6 +311,13 @@ class CompletionWork:
     def decode(self, data: bytes) -> str:
         """Return the value behind such bytes."""
         return data.decode("utf-8", "surrogatepass")
+
+
+def _said(content: Any) -> str:
+    """Return the text of a message; its images have no place in an order."""
+    if not isinstance(content, list | tuple):
+        return str(content)
+    return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
 
 
 class Truncated(SchemaError):  # noqa: N818 - what happened, as the error column names it
@@ -481,6 +487,10 @@ def _same_count(got: int, asked: int, what: str) -> None:
         raise EngineError(f"the engine returned {got} {what} for {asked} texts.")
 
 
+# A picture's bytes have no place in a frame's provenance.
+_SHOWN = 200
+
+
 def plain(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return options as JSON-able values, leaving out those that are off."""
     import json
@@ -492,5 +502,5 @@ def plain(params: Mapping[str, Any]) -> dict[str, Any]:
         try:
             out[name] = json.loads(json.dumps(value))
         except (TypeError, ValueError):
-            out[name] = getattr(value, "__name__", repr(value))
+            out[name] = getattr(value, "__name__", repr(value)[:_SHOWN])
     return out

@@ -34,6 +34,7 @@ from nbinfer.session import Model, session
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("results_folder")
 
@@ -320,6 +321,53 @@ def test_a_cut_answer_is_not_an_error_unless_a_rule_was_given() -> None:
     assert out["completion"].isna()[0]
     assert out["error"][0].startswith("Truncated: the answer reached max_tokens=2")
     assert out["finish_reason"][0] == "length"
+
+
+def parts(model: Model) -> list[Any]:
+    return [
+        r.messages[-1]["content"]
+        for r in engine_of(model).requests
+        if isinstance(r, CompletionRequest) and r.messages is not None
+    ]
+
+
+def test_each_row_can_have_its_own_images(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"one")
+    frame = pd.DataFrame({"t": ["a", "b", "c", "d"], "photo": [str(path), b"two", None, [path, b"two"]]})
+    model = chat_model()
+    out = complete(frame, "What is it? {t}", images="photo", system="be brief", model=model)
+    assert list(out["finish_reason"]) == ["stop", "stop", "skipped", "stop"]
+    assert out.attrs["nbinfer"]["params"]["images"] == "photo"
+    found = {
+        content[-1]["text"]: [part["image_url"]["url"] for part in content[:-1]] for content in parts(model)
+    }
+    one, two = (f"data:image/png;base64,{data}" for data in ("b25l", "dHdv"))
+    assert found == {"What is it? a": [one], "What is it? b": [two], "What is it? d": [one, two]}
+    assert {r.messages[0]["content"] for r in engine_of(model).requests} == {"be brief"}  # type: ignore[union-attr,index]
+    again = chat_model()
+    complete(frame, "What is it? {t}", images="photo", system="be brief", model=again)
+    assert engine_of(again).requests == []
+    # The question may be the same for all: the pictures differ.
+    complete(frame, "What is it?", images="photo", model=again)
+    assert len(parts(again)) == 3
+
+
+def test_an_image_that_cannot_be_read_is_its_rows_error() -> None:
+    frame = pd.DataFrame({"photo": ["/no/such.png", 7, b"x"]})
+    out = complete(frame, "What is it?", images="photo", model=chat_model())
+    assert out["error"][0].startswith("RequestError: cannot read the image /no/such.png")
+    assert out["error"][1].startswith("RequestError: an image is int")
+    assert out["error"].isna()[2]
+
+
+@pytest.mark.parametrize("options", [{"images": "foto"}, {"raw": True}, {"too_long": "head"}])
+def test_a_wrong_use_of_images_raises_before_any_work(options: dict[str, Any]) -> None:
+    frame = pd.DataFrame({"t": ["a"], "photo": [b"x"]})
+    model = chat_model()
+    with pytest.raises(RequestError, match=r"photo|images"):
+        complete(frame, "{t}", model=model, **{"images": "photo", **options})
+    assert engine_of(model).requests == []
 
 
 @pytest.mark.parametrize("make", [np.array, pd.Series, pd.Index, iter, pd.Categorical])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,9 @@ from nbinfer.frames import embed, similar, submit, vectors
 from nbinfer.frames import neighbours as nearest
 from nbinfer.frames.operators import kind_prefix
 from nbinfer.session import Model
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("results_folder")
 
@@ -336,3 +339,14 @@ def test_a_matchs_position_finds_its_row_where_labels_repeat() -> None:
     found = similar("blue sea", embedded, on="embedding", k=1, model=embedding_model())
     assert found["position"].dtype == np.int64
     assert list(embedded.iloc[found["position"]]["t"]) == ["blue sea"]
+
+
+def test_a_saved_frame_is_read_with_its_vectors(tmp_path: Path) -> None:
+    frame = embed(pd.DataFrame({"t": ["red apple", None]}, index=["x", "y"]), on="t", model=embedding_model())
+    frame.to_parquet(tmp_path / "vectors.parquet")
+    back = pd.read_parquet(tmp_path / "vectors.parquet", dtype_backend="pyarrow")
+    np.testing.assert_array_equal(vectors(back["embedding"]), vectors(frame["embedding"]))
+    assert list(back.index) == ["x", "y"]
+    found = similar("red apple", back, on="embedding", k=1, model=embedding_model())
+    assert list(found["match"]) == ["x"]
+    assert list(similar(frame, back, on="embedding", k=1)["match"]) == ["x"]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from datetime import date
+from decimal import Decimal
+from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from nbinfer.contract.errors import RequestError
@@ -156,3 +160,49 @@ def test_on_takes_the_column_as_it_is() -> None:
     made = make_prompt(None, "body", COLUMNS, only=False)
     assert isinstance(made, Column)
     assert made.render(["{title} {"]) == "{title} {"
+
+
+class Bare:
+    pass
+
+
+class Picture:
+    def _repr_png_(self) -> bytes:
+        return b"png"
+
+
+class Spoken:
+    def __str__(self) -> str:
+        return "spoken"
+
+
+@pytest.mark.parametrize("value", [Bare(), Picture(), np.zeros((2, 2))], ids=["object", "picture", "matrix"])
+def test_a_value_that_is_no_text_is_refused(value: Any) -> None:
+    with pytest.raises(RequestError, match=r"column 'x' holds .*images='column'"):
+        Template("a {x}", ["x"]).render([value])
+    with pytest.raises(RequestError, match="a row holds"):
+        as_content(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1, "1"),
+        (True, "True"),
+        (2.5, "2.5"),
+        (Decimal("1.50"), "1.50"),
+        (date(2024, 2, 29), "2024-02-29"),
+        (["a", 1], "['a', 1]"),
+        ({"a": 1}, "{'a': 1}"),
+        (np.float32(0.5), "0.5"),
+        (np.array([1, 2]), "[1 2]"),
+        (pd.Timestamp("2024-02-29"), "2024-02-29 00:00:00"),
+        (pd.Timedelta("1h"), "0 days 01:00:00"),
+        (Path("a"), "a"),
+        (Spoken(), "spoken"),
+        (UUID(int=0), str(UUID(int=0))),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_value_with_a_text_of_its_own_is_that_text(value: Any, text: str) -> None:
+    assert Template("{x}", ["x"]).render([value]) == text
