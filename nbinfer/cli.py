@@ -197,6 +197,13 @@ def ps(*, as_json: AsJson = False) -> None:
         print("The sidecar has no models." if sidecar.discovery.find() else "No sidecar runs.")
 
 
+@app.command()
+def doctor(*, as_json: AsJson = False) -> None:
+    """Show versions and health: packages, memory, GPUs, backends, the sidecar."""
+    session: Any = import_module("nbinfer.session")
+    _print_frame(session.doctor(), as_json=as_json, empty="")
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
@@ -231,10 +238,12 @@ def _print_table(console: Console, columns: list[str], rows: list[list[Any]]) ->
     from rich.table import Table
     from rich.text import Text
 
+    from nbinfer.contract.rendering import printable
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        # As Text: what a file or a model is called may look like markup.
-        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        # As Text: what a file or a model is called may look like markup, or hold what a terminal obeys.
+        table.add_row(*(cell if isinstance(cell, Text) else Text(printable(str(cell))) for cell in row))
     console.print(table)

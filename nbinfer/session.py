@@ -1160,3 +1160,57 @@ def ps() -> pd.DataFrame:
         "load_seconds",
     ]
     return table("ps", rows, columns)
+
+
+_PACKAGES = ("ipython", "ipykernel", "pandas", "pyarrow", "llama-cpp-python", "vllm")
+
+
+def doctor() -> pd.DataFrame:
+    """Versions and health in one table, for a look or a report: columns what, status, detail.
+
+    Packages, memory and GPUs, backends with what to type for those that are not usable, the models of this
+    process, and the sidecar with its models and what killed ones left.
+    """
+    from nbinfer.sidecar.commands import checkup
+    from nbinfer.tables import table
+
+    rows = [*_versions(), *_devices()]
+    for backend in status().itertuples(index=False):
+        detail = ": ".join(filter(None, (str(backend.detail), str(backend.install))))
+        rows.append({"what": f"backend {backend.backend}", "status": str(backend.status), "detail": detail})
+    for model in loaded():
+        info = model.info
+        detail = f"{model.mode}, {model.backend}, context {info.context_size:,}, {info.parallel} at once"
+        rows.append({"what": f"model {model.name}", "status": "ok", "detail": detail})
+    return table("doctor", [*rows, *checkup()], ["what", "status", "detail"])
+
+
+def _versions() -> Iterator[dict[str, str]]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from nbinfer._version import __version__
+
+    yield {"what": "nbinfer", "status": "ok", "detail": __version__}
+    detail = f"{platform.python_version()} on {platform.platform()}"
+    yield {"what": "python", "status": "ok", "detail": detail}
+    for package in _PACKAGES:
+        try:
+            yield {"what": package, "status": "ok", "detail": version(package)}
+        except PackageNotFoundError:
+            yield {"what": package, "status": "missing", "detail": ""}
+
+
+def _devices() -> Iterator[dict[str, str]]:
+    from nbinfer.memory import machine
+
+    here = machine()
+    limit = f", limited by {here.ram.limit}" if here.ram.limit else ""
+    detail = f"{human_bytes(here.ram.available)} free of {human_bytes(here.ram.total)}{limit}"
+    yield {"what": "memory", "status": "ok", "detail": detail}
+    for gpu in here.gpus:
+        detail = f"{gpu.name}, {human_bytes(gpu.free)} free of {human_bytes(gpu.total)}"
+        yield {"what": f"gpu {gpu.index}", "status": "ok", "detail": detail}
+    if not here.gpus or here.gpu_status:
+        word = "check" if here.gpus else "missing"
+        yield {"what": "gpu", "status": word, "detail": here.gpu_status}

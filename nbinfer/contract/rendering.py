@@ -1,8 +1,8 @@
 """The seam between values and how they look.
 
 Values live at the bottom of the house and rendering near the top, so the top room registers itself here
-(in ``nbinfer/__init__.py``) and the values only ask. :func:`printable` is here because even an error's message
-may hold text from outside.
+(in ``nbinfer/__init__.py``) and the values only ask. :func:`printable` is here because even an error's
+message may hold text from outside.
 """
 
 from __future__ import annotations

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from nbinfer import session
@@ -37,7 +35,7 @@ def run(command: Command, given: Given, magics: NbInferMagics) -> Any:
         "panel": _panel,
         "alias": _alias,
         "config": lambda _command, _given, magics: _frame("config", magics.settings.rows()),
-        "doctor": lambda *_: _doctor(),
+        "doctor": lambda *_: session.doctor(),
         "reset": _reset,
     }
     return handlers[command.name](command, given, magics)
@@ -143,33 +141,6 @@ def _alias(_command: Command, given: Given, _magics: NbInferMagics) -> Any:
         [{"alias": k, "stands for": v} for k, v in sorted(aliases.items())],
         ["alias", "stands for"],
     )
-
-
-def _doctor() -> Any:
-    rows = [
-        {"what": "nbinfer", "status": "ok", "detail": version("nbinfer")},
-        {
-            "what": "python",
-            "status": "ok",
-            "detail": f"{platform.python_version()} on {platform.platform()}",
-        },
-    ]
-    for package in ("ipython", "ipykernel", "pandas", "pyarrow", "llama-cpp-python", "vllm"):
-        try:
-            rows.append({"what": package, "status": "ok", "detail": version(package)})
-        except PackageNotFoundError:
-            rows.append({"what": package, "status": "missing", "detail": ""})
-    backends = session.status()
-    for name, status, detail in zip(backends["backend"], backends["status"], backends["detail"], strict=True):
-        rows.append({"what": f"backend {name}", "status": status, "detail": detail})
-    for model in session.loaded():
-        info = model.info
-        detail = f"{model.mode}, {model.backend}, context {info.context_size:,}, {info.parallel} at once"
-        rows.append({"what": f"model {model.name}", "status": "ok", "detail": detail})
-    from nbinfer.sidecar.commands import checkup
-
-    rows += checkup()
-    return _frame("doctor", rows)
 
 
 def _reset(_command: Command, given: Given, magics: NbInferMagics) -> None:

@@ -116,6 +116,15 @@ def test_estimate_passes_on_only_what_was_asked(
     assert json.loads(run("estimate", "demo", *arguments, "--json")) == {"ref": "demo"} | asked
 
 
+def test_the_doctor_prints_what_the_session_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"what": "gpu \x1b[2J", "status": "missing", "detail": "[bold]no[/] driver"}]
+    monkeypatch.setattr(session, "doctor", lambda: pd.DataFrame(rows))
+    output = run("doctor")
+    assert "gpu \u241b[2J" in output
+    assert "[bold]no[/] driver" in output
+    assert json.loads(run("doctor", "--json")) == rows
+
+
 def test_an_error_of_ours_is_its_message_and_exit_code_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

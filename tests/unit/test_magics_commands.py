@@ -11,8 +11,10 @@ from support.fake_engine import FakeEngine
 from support.notebook import Notebook, notebook
 
 from nbinfer import session
+from nbinfer.contract.status import BackendStatus
 from nbinfer.magics import commands
 from nbinfer.magics.options import COMMANDS
+from nbinfer.memory import Gpu, Machine, Ram
 from nbinfer.session import Model
 
 if TYPE_CHECKING:
@@ -112,10 +114,37 @@ def test_config_says_where_each_value_comes_from(nb: Notebook) -> None:
     assert rows["NbInfer.stream"]["source"] == "default"
 
 
-def test_doctor_lists_versions_backends_and_models(nb: Notebook) -> None:
+def test_doctor_is_the_table_of_python(nb: Notebook) -> None:
     nb.add(FakeEngine(), "a")
     frame = nb.run("%nbinfer doctor")
-    assert {"nbinfer", "python", "backend llamacpp", "model a"} <= set(frame["what"])
+    assert list(frame["what"]) == list(session.doctor()["what"])
+    assert "model a" in list(frame["what"])
+
+
+def test_doctor_says_what_a_report_needs(nb: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
+    nb.add(FakeEngine(context_size=4096), "a")
+    ram = Ram(total=8 << 30, available=3 << 30, limit="cgroup")
+    gpu = Gpu(index=0, name="Card", total=24 << 30, free=20 << 30)
+    absent = [("odd", BackendStatus.parse("Not Installed"), "pip install odd")]
+    monkeypatch.setattr("nbinfer.backends.statuses", lambda: absent)
+    monkeypatch.setattr(
+        "nbinfer.memory.machine", lambda: Machine(ram=ram, gpus=(gpu,), gpu_status="one hides")
+    )
+    monkeypatch.setattr(
+        "nbinfer.sidecar.commands.checkup",
+        lambda: [{"what": "sidecar", "status": "ok", "detail": "none runs"}],
+    )
+    rows = {row["what"]: (row["status"], row["detail"]) for row in session.doctor().to_dict("records")}
+    assert {"nbinfer", "python", "pandas", "llama-cpp-python"} <= rows.keys()
+    assert rows["memory"] == ("ok", "3 GiB free of 8 GiB, limited by cgroup")
+    assert rows["gpu 0"] == ("ok", "Card, 20 GiB free of 24 GiB")
+    assert rows["gpu"] == ("check", "one hides")
+    assert rows["backend odd"] == ("Not Installed", "pip install odd")
+    assert rows["model a"] == ("ok", "completion, fake, context 4,096, 4 at once")
+    assert rows["sidecar"] == ("ok", "none runs")
+    monkeypatch.setattr("nbinfer.memory.machine", lambda: Machine(ram=ram, gpu_status="no NVIDIA driver"))
+    rows = {row["what"]: (row["status"], row["detail"]) for row in session.doctor().to_dict("records")}
+    assert rows["gpu"] == ("missing", "no NVIDIA driver")
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
