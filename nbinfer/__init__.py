@@ -170,21 +170,26 @@ def _render(value: Any) -> rendering.Bundle:
 rendering.register(_render)
 
 
-class _Package(ModuleType):
-    """The package, in which ``models`` is always the function.
+def _always(name: str, room: str) -> property:
+    """A name of this package that means a function, though a module has it too."""
 
-    A room has that name too, and importing it would put it in the function's place. The room is imported as
-    ``from nbinfer.models import …``.
+    def get(_package: ModuleType) -> Any:
+        return getattr(import_module(room), name)
+
+    def ignore(_package: ModuleType, _module: ModuleType) -> None:
+        pass
+
+    return property(get, ignore)
+
+
+class _Package(ModuleType):
+    """The package, in which ``models`` and ``bench`` are always the functions.
+
+    Modules have these names too; they are imported as ``from nbinfer.models import …``.
     """
 
-    @property
-    def models(self) -> Any:
-        """The function :func:`nbinfer.session.models`."""
-        return import_module("nbinfer.session").models
-
-    @models.setter
-    def models(self, room: ModuleType) -> None:
-        """Import of the room: nothing to do, it is in ``sys.modules``."""
+    models = _always("models", "nbinfer.session")
+    bench = _always("bench", "nbinfer.bench")
 
 
 sys.modules[__name__].__class__ = _Package

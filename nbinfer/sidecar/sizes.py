@@ -76,7 +76,7 @@ def runner_size(path: Path, mode: Mode, config: ModelConfig, options: Mapping[st
         made = estimate(path, mode=mode, exact=False, **given)
     except NbinferError:
         return bound(path, options, gpus=len(_free_vram()))
-    return made.required + RequiredMemory(RUNNER_BYTES + made.ram.file_backed)
+    return made.required + RequiredMemory(RUNNER_BYTES + made.ram.at_hand)
 
 
 def bound(path: Path, options: Mapping[str, Any], *, gpus: int) -> RequiredMemory:

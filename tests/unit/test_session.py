@@ -354,6 +354,8 @@ def test_importing_nbinfer_imports_nothing_heavy(forbidden: str) -> None:
 
 def test_models_is_the_function_whatever_was_imported() -> None:
     importlib.import_module("nbinfer.models.resolve")
+    importlib.import_module("nbinfer.bench")
+    assert callable(nb.bench)
     assert "demo" in nb.models()["ref"].tolist()
     assert callable(nb.models)
 
