@@ -74,6 +74,37 @@ def test_rows_get_real_answers_beside_their_data(model: Model) -> None:
     assert (out["seconds"].dropna() > 0).all()
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {
+            "schema": {
+                "type": "object",
+                "properties": {"a": {"type": "string", "minLength": 90}},
+                "required": ["a"],
+            }
+        },
+        {"regex": "[A-Za-z ]{90,}!"},
+        {
+            "choices": [
+                "a very long answer that no three tokens hold",
+                "another very long answer, still longer",
+            ]
+        },
+    ],
+    ids=lambda rule: next(iter(rule)),
+)
+def test_a_constrained_answer_that_is_cut_is_an_error_with_its_counts(
+    model: Model, rule: dict[str, Any]
+) -> None:
+    for source in ("run", "cache"):
+        out = complete(["Say something."], model=model, max_tokens=3, progress=False, **rule).iloc[0]
+        assert out["error"].startswith("Truncated: the answer reached max_tokens=3")
+        assert (out["finish_reason"], out["completion_tokens"], out["source"]) == ("length", 3, source)
+        assert pd.isna(out["completion"])
+        assert out["prompt_tokens"] > 3
+
+
 @pytest.mark.parametrize("options", [{"parallel": 1}, {"parallel": 16}, {"exact": True}])
 def test_slots_and_shared_prefixes_do_not_change_greedy_text(model: Model, options: dict[str, Any]) -> None:
     expected = [model.infer(row, max_tokens=16).text for row in ROWS]
