@@ -221,3 +221,15 @@ def test_the_accessor_holds_no_state_of_its_own() -> None:
         ]
         == 1
     )
+
+
+def test_ranking_and_embedding_a_frame_again_replaces_their_columns() -> None:
+    out = pd.DataFrame({"t": ["red apple", "blue sea"]}, index=["x", "y"])
+    for query in ("red apple", "blue sea"):
+        out = rerank(query, out, on="t", model=reranking_model())
+        out = embed(out, on="t", model=embedding_model())
+    assert sorted(out.columns) == sorted(
+        ["t", "score", "rank", "error", "n_tokens", "embedding", "embedding_n_tokens", "embedding_error"]
+    )
+    assert out.index[0] == "y"
+    assert out["rank"].iloc[0] == 1
