@@ -26,6 +26,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,9 +68,11 @@ def make_rows(model: nb.Model, options: argparse.Namespace, seed: int) -> tuple[
     for i in range(options.rows):
         head = f"{prefix}\n{i}" if prefix else f"{i}"
         length = n_prefix + options.row
-        rows.append(
-            f"{head} {text_of_length(length, lambda t, head=head: count(f'{head} {t}'), seed=seed + 1 + i)}"
-        )
+
+        def count_with(text: str, head: str = head) -> int:
+            return count(f"{head} {text}")
+
+        rows.append(f"{head} {text_of_length(length, count_with, seed=seed + 1 + i)}")
     own = round(statistics.mean(count(row) for row in rows)) - n_prefix
     return rows, n_prefix, own
 
@@ -157,7 +160,7 @@ class Bound:
         for n in PIECES:
             if n < context.size:
                 context.clear()
-                self._best(self.prompt_rates, n, n, lambda n=n: self._decode([(0, n, 0)]))
+                self._best(self.prompt_rates, n, n, partial(self._decode, [(0, n, 0)]))
         room = (context.size - held) // (repeats + 1)
         for n in BATCHES:
             if n > room:
@@ -168,7 +171,7 @@ class Bound:
                 context.copy(0, sequence, held)
             for i in range(repeats):
                 step = [(sequence, 1, held + i) for sequence in range(n)]
-                self._best(self.batch_rates, n, n, lambda step=step: self._decode(step))
+                self._best(self.batch_rates, n, n, partial(self._decode, step))
 
     def _best(self, rates: dict[int, float], key: int, tokens: int, work: Callable[[], None]) -> None:
         with measured() as cost:

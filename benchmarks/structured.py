@@ -63,14 +63,16 @@ def ours(model: nb.Model, options: argparse.Namespace, schema: Any) -> Side:
 
 
 def peer(llama: Any, options: argparse.Namespace, *, constrained: bool) -> Side:
-    import llama_cpp
+    from llama_cpp import llama_grammar
 
     text = json.dumps(SCHEMA)
 
     def side(seed: int) -> tuple[int, Cost]:
         n, total = 0, Cost()
         for prompt in prompts(options.peer_rows, seed):
-            grammar = llama_cpp.LlamaGrammar.from_json_schema(text, verbose=False) if constrained else None
+            grammar = (
+                llama_grammar.LlamaGrammar.from_json_schema(text, verbose=False) if constrained else None
+            )
             with measured() as cost:
                 answer = llama(prompt, max_tokens=options.new, temperature=0.0, grammar=grammar)
             n += answer["usage"]["completion_tokens"]

@@ -9,7 +9,6 @@ import pytest
 from perf_model import Shape, write_perf_model
 
 import nbinfer as nb
-from nbinfer.memory import breakdown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +23,7 @@ SMALL = Shape(layers=3, hidden=256, heads=4, kv_heads=2, ffn=512, context=4096, 
 def perf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     folder = tmp_path_factory.mktemp("perf")
 
-    def make(kind: str) -> str:
+    def make(kind: Any) -> str:
         path: Path = folder / f"{kind}.gguf"
         if not path.exists():
             write_perf_model(path, kind, shape=SMALL)
@@ -56,7 +55,7 @@ def test_the_estimate_is_what_the_load_takes(
     estimate = nb.estimate(ref, mmap=mmap, exact=exact, gpus=[], **options)
     assert estimate.exact is exact
     with nb.load(ref, name="measured", mmap=mmap, threads=1, **options) as loaded:
-        real = breakdown(loaded.engine.context_pointer)
+        real = loaded.measured_memory()
         assert loaded.info.effective["context_size"] == estimate.context_size
         assert loaded.info.parallel == estimate.settings.parallel
     assert real is not None
@@ -85,4 +84,5 @@ def test_a_loaded_model_knows_its_estimate_and_its_measure() -> None:
     with nb.load("demo", threads=1, name="known") as model:
         assert model.memory.verdict == "fits"
         measured = model.measured_memory()
+        assert measured is not None
         assert measured["CPU"]["context"] == model.memory.ram.cache

@@ -442,7 +442,7 @@ def _submit_something(engine: CompletionEngine, rng: random.Random) -> tuple[str
 
 
 def _check_outcome(kind: str, stream: Any, expected: str) -> None:
-    result = None if stream is None else stream.result(timeout=60)
+    result: Any = None if stream is None else stream.result(timeout=60)
     if kind == "plain":
         assert result.text == expected
     elif kind == "cancel":

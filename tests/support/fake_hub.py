@@ -80,7 +80,7 @@ class FakeHub(FileServer):
             request.send(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
             return
         digest = (self.said_sha256 or sha256(data)) if _is_large(name) else "a" * 40
-        headers = {"X_Repo_Commit": COMMIT, "ETag": f'"{digest}"', "Accept_Ranges": "bytes"}
+        headers: dict[str, Any] = {"X_Repo_Commit": COMMIT, "ETag": f'"{digest}"', "Accept_Ranges": "bytes"}
         if request.handler.command == "HEAD":
             request.send(200, Content_Length=len(data), **headers)
             return

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -7,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from nbinfer.memory import machine as machines
 from nbinfer.memory.machine import Ram, gpus, machine, main_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+room: Any = importlib.import_module("nbinfer.memory.machine")  # the name in the package is the function
 
 GIB = 1 << 30
 HOST = psutil.virtual_memory().total
@@ -209,7 +211,7 @@ class FakeNvml:
 def nvml(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeNvml]:
     def install(*cards: FakeGpu, old: bool = False) -> FakeNvml:
         fake = FakeNvml(list(cards), old)
-        monkeypatch.setattr(machines, "_nvml", lambda: (fake, ""))
+        monkeypatch.setattr(room, "_nvml", lambda: (fake, ""))
         monkeypatch.setattr("platform.system", lambda: "Linux")
         return fake
 
@@ -311,20 +313,20 @@ def test_without_a_driver_there_is_a_status_and_no_exception(
         nvmlInit=init, NVMLError=NVMLError, NVMLError_LibraryNotFound=NVMLError_LibraryNotFound
     )
     monkeypatch.setitem(__import__("sys").modules, "pynvml", fake)
-    machines._nvml.cache_clear()
+    room._nvml.cache_clear()
     try:
-        assert machines._nvml() == (None, status)
+        assert room._nvml() == (None, status)
     finally:
-        machines._nvml.cache_clear()
+        room._nvml.cache_clear()
 
 
 def test_apple_silicon_is_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.system", lambda: "Darwin")
     monkeypatch.setattr("platform.machine", lambda: "arm64")
-    monkeypatch.setattr(machines, "_sysctl", lambda _name: 0)
+    monkeypatch.setattr(room, "_sysctl", lambda _name: 0)
     (gpu,) = gpus(RAM, {})[0]
     assert (gpu.unified, gpu.total) == (True, 48 * GIB)
-    monkeypatch.setattr(machines, "_sysctl", lambda _name: 50_000)
+    monkeypatch.setattr(room, "_sysctl", lambda _name: 50_000)
     assert gpus(RAM, {})[0][0].total == 50_000 << 20
 
 
