@@ -500,7 +500,8 @@ def plain(params: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         try:
-            out[name] = json.loads(json.dumps(value))
-        except (TypeError, ValueError):
+            # NumPy's numbers say theirs by item().
+            out[name] = json.loads(json.dumps(value, default=lambda number: number.item()))
+        except (TypeError, ValueError, AttributeError):
             out[name] = getattr(value, "__name__", repr(value)[:_SHOWN])
     return out

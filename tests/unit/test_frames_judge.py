@@ -297,7 +297,9 @@ def test_the_threshold_is_a_probability() -> None:
 def test_questions_can_be_chained_and_asked_again() -> None:
     frame = pd.DataFrame({"t": ["a", "b"]}, index=["x", "y"])
     even = scoring(lambda p, a: -1.0)
-    twice = keep_rows(keep_rows(frame, "{t}?", model=even), "{t}!", model=even)
+    half: Any = np.float32(0.5)
+    twice = keep_rows(keep_rows(frame, "{t}?", model=even), "{t}!", threshold=half, model=even)
+    assert twice.attrs["nbinfer"]["params"] == {"threshold": 0.5}
     assert list(twice.columns) == ["t", "p"]
     assert list(twice.index) == ["x", "y"]
     out = frame
