@@ -125,9 +125,9 @@ class Progress:
         if self.state != "running":
             parts[0] += f" {self.state} in {clock(self.seconds)}"
         if self.rate is not None:
-            parts.append(f"{self.rate:.3g} rows/s")
+            parts.append(f"{_short(self.rate)} rows/s")
             if self.tokens:
-                parts.append(f"{self.tokens / self.seconds:.3g} tok/s")
+                parts.append(f"{_short(self.tokens / self.seconds)} tok/s")
         if self.eta is not None:
             parts.append(f"ETA {clock(self.eta)}")
         parts += [
@@ -275,3 +275,8 @@ def make_sink(progress: bool | Sink | None) -> Sink:  # noqa: FBT001 - the publi
             f"progress={progress!r}: it is True, False, None (choose), or an object with update and close."
         )
     return progress
+
+
+def _short(rate: float) -> str:
+    """Three digits while they mean something, then whole numbers with commas: 0.52, 24.1, 2,410."""
+    return f"{rate:.3g}" if rate < 1000 else f"{rate:,.0f}"  # noqa: PLR2004 - four digits
