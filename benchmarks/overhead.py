@@ -69,7 +69,9 @@ def pace(tokens: int, first: tuple[float, float], last: tuple[float, float]) -> 
 class BareLoop:
     """llama_decode and argmax, nothing else."""
 
-    def __init__(self, path: Path, *, threads: int, context: int, batch: int, micro_batch: int) -> None:
+    def __init__(
+        self, path: Path, *, threads: int, context: int, batch: int, micro_batch: int, flash: bool
+    ) -> None:
         self._lib: Any = library()
         self.weights = Weights(path)
         params = self._lib.llama_context_default_params()
@@ -78,6 +80,8 @@ class BareLoop:
         params.n_ubatch = micro_batch
         params.n_threads = params.n_threads_batch = threads
         params.no_perf = True
+        # The same attention on both sides: on a CPU nbinfer does without llama.cpp's default.
+        params.flash_attn_type = int(flash)
         self._context = self._lib.llama_init_from_model(self.weights.pointer, params)
         self._memory = self._lib.llama_get_memory(self._context)
 
@@ -140,9 +144,6 @@ def main() -> None:
     batch, micro_batch = min(options.context, 2048), min(options.context, 512)
 
     path = perf_model(options.type)
-    bare = BareLoop(
-        path, threads=options.threads, context=options.context, batch=batch, micro_batch=micro_batch
-    )
     model = nb.load(
         path,
         context_size=options.context,
@@ -150,6 +151,14 @@ def main() -> None:
         batch_size=batch,
         micro_batch=micro_batch,
         force=True,
+    )
+    bare = BareLoop(
+        path,
+        threads=options.threads,
+        context=options.context,
+        batch=batch,
+        micro_batch=micro_batch,
+        flash=bool(model.info.effective["flash_attention"]),
     )
     pairs = []
     for i in range(-1, options.rounds):
