@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def _demo_models() -> None:
-    """The embedding model is on this disk, as it is after its first use: on a fresh machine it is made then."""
+    """The embedding model is on this disk, as after its first use; on a fresh machine it is made then."""
     from nbinfer.contract.errors import ModelNotFound
     from nbinfer.models.demo import demo_embed_path
 
