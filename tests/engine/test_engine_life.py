@@ -174,11 +174,9 @@ def test_a_cell_is_not_overtaken_by_the_rows_that_made_way_for_it() -> None:
     engine = open_demo(context_size=512, parallel=8)
     try:
         story = ({"role": "user", "content": "Tell me a story about a dog. " * 6},)
-        rows = [
-            engine.submit(CompletionRequest(messages=story, priority="batch", max_tokens=150))
-            for _ in range(60)
-        ]
-        time.sleep(0.2)
+        row = CompletionRequest(messages=story, priority="batch", max_tokens=150)
+        rows = [engine.submit(row) for _ in range(400)]
+        rows[0].result(60)
         long = "What is the capital of France? " * 40
         cell = engine.submit(CompletionRequest(prompt=long, max_tokens=4))
         cell.result(60)
