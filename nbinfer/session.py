@@ -1093,13 +1093,13 @@ def models() -> pd.DataFrame:
 
     Columns: name, ref (what :func:`load` takes), source, architecture, parameters, quantisation, size_bytes,
     disk_bytes (files shared with a row above count once), context (tokens it was trained for), modes,
-    problem.
+    verdict (whether it fits here as :func:`load` would load it), problem.
     """
     from nbinfer.models import discover
     from nbinfer.tables import table
 
     columns = ["name", "ref", "source", "architecture", "parameters", "quantisation", "size_bytes"]
-    columns += ["disk_bytes", "context", "modes", "problem"]
+    columns += ["disk_bytes", "context", "modes", "verdict", "problem"]
     return table("models", [_model_row(found) for found in discover()], columns)
 
 
@@ -1120,8 +1120,23 @@ def _model_row(found: FoundModel) -> dict[str, Any]:
             "quantisation": str(header.quantisation),
             "context": header.context_length,
             "modes": ", ".join(header.modes),
+            "verdict": _verdict(header),
         }
     return row
+
+
+def _verdict(header: Any) -> str:
+    """Whether a model fits here with the usual settings, by formula; empty where it is not llama.cpp's."""
+    from nbinfer.contract.errors import NbinferError
+    from nbinfer.gguf import Header
+    from nbinfer.memory import estimate
+
+    if not isinstance(header, Header):
+        return ""
+    try:
+        return estimate(header, exact=False).verdict
+    except NbinferError:
+        return ""
 
 
 def ps() -> pd.DataFrame:
