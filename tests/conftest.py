@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import suppress
 
 import pytest
@@ -15,3 +16,10 @@ def _demo_models() -> None:
 
     with suppress(ModelNotFound):
         demo_embed_path()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts_arrive() -> None:
+    """Started in the background of a script, a process ignores SIGINT; tests send it to themselves."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
