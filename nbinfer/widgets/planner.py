@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from nbinfer import session
 from nbinfer.contract.errors import GGUFParseError, NbinferError, NotSupported
 from nbinfer.contract.units import human_bytes
+from nbinfer.memory import defaults
 from nbinfer.memory.show import parts
 from nbinfer.widgets import words
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 KV_TYPES = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 """What the panel offers, from exact to small."""
-_DEFAULT_CONTEXT = 4096
 _USUAL: Row = {"context_size": None, "kv_type": "f16", "gpu_layers": -1, "parallel": None}
 _LONGEST_UNKNOWN = 32768
 _MOST_AT_ONCE = 16
@@ -116,7 +116,7 @@ def whole_settings(settings: Mapping[str, Any], limits: Row) -> Row:
     They come from a page, so nothing about them is taken for granted.
     """
     longest = limits["context"][-1]
-    context = _number(settings.get("context_size"), 1, longest, min(_DEFAULT_CONTEXT, longest))
+    context = _number(settings.get("context_size"), 1, longest, min(defaults.CONTEXT, longest))
     kv_type = settings.get("kv_type")
     at_once = settings.get("parallel")
     return {

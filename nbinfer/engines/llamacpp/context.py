@@ -12,6 +12,7 @@ import numpy as np
 from nbinfer.contract.errors import ConfigError, EngineError, ModelLoadError
 from nbinfer.engines.llamacpp.library import LOG, abort_function, default_threads, library
 from nbinfer.memory import defaults
+from nbinfer.memory.settings import KV_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from nbinfer.engines.llamacpp.weights import Weights
 
-KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 _BF16 = 30  # ggml's number; the bindings do not name it
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 
