@@ -5,6 +5,7 @@ A request knows nothing of placement: the same object runs in the kernel and, as
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -15,6 +16,9 @@ Message: TypeAlias = Mapping[str, Any]
 """One chat message: ``{"role": "user", "content": "…"}``, in OpenAI's shape."""
 
 _INT32_MAX = 2**31 - 1
+
+MAX_SIDE = 8192
+"""Pixels of an image's longer side, at most."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -300,4 +304,75 @@ class RerankRequest:
         _priority(self.priority)
 
 
-Request: TypeAlias = CompletionRequest | ScoreRequest | EmbeddingRequest | RerankRequest
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRequest:
+    """Ask for images.
+
+    Parameters
+    ----------
+    prompt
+        What they show.
+    negative_prompt
+        What they do not show; only where guidance is in use.
+    size
+        (width, height) in pixels, each a multiple of 8; None: what the model was trained for.
+    n
+        How many; image ``i`` is that of ``seed + i`` alone.
+    steps
+        Denoising steps; None: the pipeline's own number.
+    guidance
+        How closely the prompt is followed; 1 and less is without guidance. None: the pipeline's own number.
+    seed
+        Seed of the first image; None draws one, which the result then records.
+    previews
+        Small pictures of each image on its way, spread evenly over its steps.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    size: tuple[int, int] | None = None
+    n: int = 1
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+    previews: int = 0
+    priority: Literal["interactive", "batch"] = "interactive"
+
+    def __post_init__(self) -> None:
+        _text("prompt", self.prompt)
+        if self.negative_prompt is not None:
+            _text("negative_prompt", self.negative_prompt)
+        if self.size is not None:
+            object.__setattr__(self, "size", parse_size(self.size))
+        _whole("n", self.n, 1, 128)
+        if self.steps is not None:
+            _whole("steps", self.steps, 1, 1000)
+        if self.guidance is not None:
+            _number("guidance", self.guidance, 0, 100)
+        if self.seed is not None:
+            _whole("seed", self.seed, 0, 2**32 - 1)
+        _whole("previews", self.previews, 0, 1000)
+        _priority(self.priority)
+
+
+def parse_size(size: object) -> tuple[int, int]:
+    """Read the size of an image: ``"512x768"`` (width first), or a pair of numbers.
+
+    Raises
+    ------
+    RequestError
+        It is none, or a side is not a multiple of 8 from 8 to 8,192 pixels.
+    """
+    found = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", size.strip()) if isinstance(size, str) else None
+    pair = (int(found[1]), int(found[2])) if found else size
+    if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:  # noqa: PLR2004 - a pair
+        raise RequestError(f'size={size!r:.60} is not a size: it is "WIDTHxHEIGHT", such as "512x768".')
+    for side in pair:
+        if isinstance(side, bool) or not isinstance(side, int) or side % 8 or not 8 <= side <= MAX_SIDE:
+            raise RequestError(
+                f"size={size!r:.60} is refused: each side is a multiple of 8, from 8 to {MAX_SIDE:,} pixels."
+            )
+    return (pair[0], pair[1])
+
+
+Request: TypeAlias = CompletionRequest | ScoreRequest | EmbeddingRequest | RerankRequest | ImageRequest

@@ -10,7 +10,9 @@ from nbinfer.contract import rendering
 from nbinfer.contract.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    import os
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -200,6 +202,111 @@ class ScoreResult:
 
 
 @dataclass(frozen=True, slots=True)
+class GeneratedImage:
+    """One image: its PNG file, and the seed that gives it again.
+
+    ``png`` carries the prompt, the seed and the other settings in its text chunks (``parameters`` as people's
+    tools for such images read them, ``nbinfer`` as JSON). ``flagged``: the pipeline's own safety checker
+    blackened it.
+    """
+
+    png: bytes = field(repr=False)
+    seed: int
+    width: int
+    height: int
+    flagged: bool = False
+
+    @property
+    def pil(self) -> Any:
+        """The image as a PIL image; pixels are read when they are first used."""
+        import io
+
+        from PIL import Image
+
+        return Image.open(io.BytesIO(self.png))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the PNG file as it is, prompt and seed in it; returns its path."""
+        from pathlib import Path
+
+        target = Path(path).expanduser()
+        target.write_bytes(self.png)
+        return target
+
+    def _repr_png_(self) -> bytes:
+        return self.png
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageResult:
+    """The images that were made for one prompt; shows itself as a gallery.
+
+    ``finish_reason`` is ``stop``, or ``interrupted`` when only some of them were finished. ``params`` are the
+    settings that were used, defaults and the drawn seed included.
+    """
+
+    images: tuple[GeneratedImage, ...]
+    prompt: str = ""
+    finish_reason: FinishReason = "stop"
+    params: Mapping[str, Any] = field(default_factory=dict)
+    model: str = ""
+    seconds: float = 0.0
+    error: str | None = None
+
+    @property
+    def image(self) -> Any:
+        """The first image as a PIL image.
+
+        Raises
+        ------
+        RequestError
+            None was finished.
+        """
+        if not self.images:
+            raise RequestError("no image was finished before the request was stopped.")
+        return self.images[0].pil
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[GeneratedImage]:
+        return iter(self.images)
+
+    def __getitem__(self, index: int) -> GeneratedImage:
+        return self.images[index]
+
+    def with_changes(self, **changes: Any) -> ImageResult:
+        """Copy with some fields replaced."""
+        return replace(self, **changes)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Any:
+        del include, exclude
+        return rendering.mimebundle(self)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageProgress:
+    """Step ``step`` of ``steps`` of image ``index`` of ``n`` is done.
+
+    ``preview`` is a small PNG of what there is of it, at the steps for which one was asked.
+    """
+
+    index: int
+    n: int
+    step: int
+    steps: int
+    preview: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageDone:
+    """Image ``index`` is finished."""
+
+    index: int
+    image: GeneratedImage
+
+
+@dataclass(frozen=True, slots=True)
 class PromptProgress:
     """``done`` of ``total`` prompt tokens are in the context; ``cached`` of them came from a cache."""
 
@@ -222,7 +329,7 @@ class Delta:
 class Finished:
     """The last event of a stream."""
 
-    result: Result | ScoreResult | EmbeddingResult | RerankResult
+    result: Result | ScoreResult | EmbeddingResult | RerankResult | ImageResult
 
 
-Event: TypeAlias = PromptProgress | Delta | Finished
+Event: TypeAlias = PromptProgress | Delta | ImageProgress | ImageDone | Finished

@@ -46,6 +46,7 @@ class EngineLoad:
     context_used: int = 0
     tokens_generated: int = 0
     prompt_tokens: int = 0
+    images_generated: int = 0
 
 
 class Engine(Protocol):

@@ -9,7 +9,15 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from nbinfer.contract.results import Delta, EmbeddingResult, Finished, RerankResult, Result, ScoreResult
+from nbinfer.contract.results import (
+    Delta,
+    EmbeddingResult,
+    Finished,
+    ImageResult,
+    RerankResult,
+    Result,
+    ScoreResult,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,7 +26,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-AnyResult: TypeAlias = Result | ScoreResult | EmbeddingResult | RerankResult
+AnyResult: TypeAlias = Result | ScoreResult | EmbeddingResult | RerankResult | ImageResult
 
 
 class Stream:
