@@ -392,8 +392,8 @@ async def _submit(engine: Engine, requests: Sequence[Any]) -> list[Stream]:
     return streams
 
 
-async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Event | Exception], None]:
-    """Yield the events of several streams as they come; leaving early cancels all of them."""
+async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[list[tuple[int, Event | Exception]], None]:
+    """Yield the events of several streams, all that are there at once; leaving early cancels all streams."""
     queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
 
     async def pump(i: int, stream: Stream) -> None:
@@ -407,9 +407,11 @@ async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Event 
     left = len(streams)
     try:
         while left:
-            i, event = await queue.get()
-            left -= isinstance(event, Finished | Exception)
-            yield i, event
+            events = [await queue.get()]
+            while not queue.empty():
+                events.append(queue.get_nowait())
+            left -= sum(isinstance(event, Finished | Exception) for _, event in events)
+            yield events
     finally:
         for stream in streams:
             stream.cancel()
@@ -417,24 +419,27 @@ async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Event 
             task.cancel()
 
 
-async def _wait(request: Request, streams: Sequence[Stream], counters: Metrics) -> list[Any] | None:
-    """Return the results in order; None when the client went away, which stops the engine."""
-    began = time.perf_counter()
-
-    async def gather() -> list[Any]:
-        results: list[Any] = [None] * len(streams)
-        async for i, event in _merged(streams):
+async def _gathered(streams: Sequence[Stream]) -> list[Any]:
+    """Return the results of several streams."""
+    results: list[Any] = [None] * len(streams)
+    async for events in _merged(streams):
+        for i, event in events:
             if isinstance(event, SchemaError):
                 results[i] = _cut_short(event)
             elif isinstance(event, Exception):
                 raise event
             elif isinstance(event, Finished):
                 results[i] = event.result
-        return results
+    return results
+
+
+async def _wait(request: Request, streams: Sequence[Stream], counters: Metrics) -> list[Any] | None:
+    """Return the results in order; None when the client went away, which stops the engine."""
+    began = time.perf_counter()
 
     path = request.url.path
     try:
-        results = await while_connected(request, gather())
+        results = await while_connected(request, _gathered(streams))
     except ClientDisconnect:
         counters.note_cancelled(path)
         return None
@@ -488,7 +493,7 @@ def _details(results: Sequence[Result]) -> dict[str, Any]:
     return {"results": [{**details_to_json(result), "error": result.error} for result in results]}
 
 
-async def _stream_body(  # noqa: C901, PLR0912 - one branch per kind of event
+async def _stream_body(  # noqa: C901 - one branch per kind of event
     path: str,
     served: Served,
     body: ChatBody | TextBody,
@@ -496,43 +501,48 @@ async def _stream_body(  # noqa: C901, PLR0912 - one branch per kind of event
     streams: list[Stream],
     counters: Metrics,
 ) -> AsyncIterator[bytes]:
+    """Yield an answer's server-sent events.
+
+    What there is to say at one time goes in one piece: each piece is a message to the service, from there to
+    the client, and wakes both.
+    """
     began = time.perf_counter()
     results: list[Result | None] = [None] * len(streams)
     usage = body.stream_options is not None and body.stream_options.include_usage
-    events = _merged(streams)
+    batches = _merged(streams)
+    out = [chunk for i in range(len(streams)) for chunk in answer.opening(i)]
     try:
-        for i in range(len(streams)):
-            for chunk in answer.opening(i):
-                yield sse(chunk)
-        async for i, event in events:
-            if isinstance(event, Exception) and not isinstance(event, SchemaError):
-                counters.note_failed(path)
-                yield sse(error_to_json(event)[1])
-                await asyncio.to_thread(served.suspect, event)
-                return
-            if isinstance(event, PromptProgress):
-                if getattr(body, "return_progress", False):
-                    yield sse(answer.progress(i, event))
-            elif isinstance(event, Delta):
-                for chunk in answer.delta(i, event):
-                    yield sse(chunk)
-            else:
-                result: Any = _cut_short(event) if isinstance(event, SchemaError) else event.result
-                results[i] = result
-                counters.note(path, result, time.perf_counter() - began)
-                for chunk in answer.closing(i, result):
-                    yield sse(chunk)
+        async for events in batches:
+            for i, event in events:
+                if isinstance(event, Exception) and not isinstance(event, SchemaError):
+                    counters.note_failed(path)
+                    yield b"".join(map(sse, [*out, error_to_json(event)[1]]))
+                    await asyncio.to_thread(served.suspect, event)
+                    return
+                if isinstance(event, PromptProgress):
+                    if getattr(body, "return_progress", False):
+                        out.append(answer.progress(i, event))
+                elif isinstance(event, Delta):
+                    out += answer.delta(i, event)
+                else:
+                    result: Any = _cut_short(event) if isinstance(event, SchemaError) else event.result
+                    results[i] = result
+                    counters.note(path, result, time.perf_counter() - began)
+                    out += answer.closing(i, result)
+            if out and not all(results):
+                yield b"".join(map(sse, out))
+                out = []
         done = [result for result in results if result is not None]
         if usage or body.nbinfer:
             last = answer.last(usage_body(done))
             if body.nbinfer:
                 last["nbinfer"] = _details(done)
-            yield sse(last)
-        yield DONE
+            out.append(last)
+        yield b"".join([*map(sse, out), DONE])
     finally:
         if not all(results):
             counters.note_cancelled(path)
-        await events.aclose()
+        await batches.aclose()
 
 
 class _Chat:

@@ -236,11 +236,9 @@ def open_engine(
     NbinferError
         The model could not be loaded; as in the kernel.
     """
-    from nbinfer.engines.remote.engine import Endpoint, RemoteEngine, warm_up
+    from nbinfer.engines.remote.engine import Endpoint, RemoteEngine
 
     discovery.check_packages()
-    # A second of imports, while the model loads.
-    warm_up()
     request = hold_request(
         path, name=name, backend=backend, mode=mode, config=config, options=options, digest=digest
     )

@@ -197,7 +197,7 @@ def check_packages() -> None:
         raise BackendUnavailable(
             "the sidecar needs Unix sockets, which Python has not got on this system: use where='kernel'."
         )
-    missing = [name for name in ("fastapi", "uvicorn", "httpx", "openai") if find_spec(name) is None]
+    missing = [name for name in ("fastapi", "uvicorn", "h11") if find_spec(name) is None]
     if missing:
         raise BackendUnavailable(
             f"where='sidecar' needs {', '.join(missing)}: pip install 'nbinfer[sidecar]'"

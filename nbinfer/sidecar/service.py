@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -41,7 +40,7 @@ from nbinfer.contract.errors import (
 from nbinfer.contract.flags import check_flags
 from nbinfer.contract.keepalive import KeepAlive
 from nbinfer.contract.modes import Mode, mode_for_path, mode_from_json
-from nbinfer.engines.remote.engine import ignore_late_wakeups
+from nbinfer.engines.remote.unix import Answer, BrokenConnectionError, UnixClient
 from nbinfer.engines.remote.wire import STOPPING, RunnerLost, error_body, error_to_json
 from nbinfer.sidecar import discovery
 from nbinfer.sidecar.answers import sse
@@ -117,7 +116,7 @@ class SidecarService:
         self._budget = options.budget or default_budget()
         self.loader = Loader(self._load, budget=self._budget, default_keep_alive=options.keep_alive)
         self._names: dict[tuple[str, Mode], Wanted] = {}
-        self._clients: dict[str, httpx.AsyncClient] = {}
+        self._clients: dict[str, UnixClient] = {}
         self._holds = 0
         self._uses: dict[str, Use] = {}
         self._requests = 0
@@ -161,7 +160,7 @@ class SidecarService:
         """Stop every runner."""
         await asyncio.to_thread(self.loader.close)
         for client in self._clients.values():
-            await client.aclose()
+            client.close()
 
     def _load(self, wanted: Wanted, progress: Progress) -> Runner:
         return start(wanted, progress, self._lost)
@@ -466,12 +465,9 @@ class SidecarService:
         use = await while_connected(request, self._acquire(wanted))
         runner: Runner = use.loaded
         try:
-            client = self._client(runner)
-            asked = client.build_request(
-                "POST", request.url.path, content=body, headers={"content-type": "application/json"}
-            )
-            answer = await while_connected(request, client.send(asked, stream=True))
-        except httpx.TransportError as error:
+            asked = self._client(runner).request("POST", request.url.path, body)
+            answer = await while_connected(request, asked)
+        except BrokenConnectionError as error:
             use.release()
             lost = await self._why(runner, error)
             return error_response(lost)
@@ -485,22 +481,20 @@ class SidecarService:
         }
 
         async def done() -> None:
-            try:
-                await answer.aclose()
-            finally:
-                use.release()
-                self._requests -= 1
+            answer.close()
+            use.release()
+            self._requests -= 1
 
         self._requests += 1
         return ClosingStream(
-            self._chunks(answer, runner), status_code=answer.status_code, headers=headers, on_close=done
+            self._chunks(answer, runner), status_code=answer.status, headers=headers, on_close=done
         )
 
-    async def _chunks(self, answer: httpx.Response, runner: Runner) -> AsyncIterator[bytes]:
+    async def _chunks(self, answer: Answer, runner: Runner) -> AsyncIterator[bytes]:
         try:
-            async for chunk in answer.aiter_raw():
+            async for chunk in answer.chunks():
                 yield chunk
-        except httpx.TransportError as error:
+        except BrokenConnectionError as error:
             lost = await self._why(runner, error)
             if not answer.headers.get("content-type", "").startswith("text/event-stream"):
                 raise  # the length was promised: only a broken connection can tell
@@ -521,18 +515,12 @@ class SidecarService:
             use.release()
             self.loader.lost(use.loaded)
 
-    def _client(self, runner: Runner) -> httpx.AsyncClient:
+    def _client(self, runner: Runner) -> UnixClient:
         client = self._clients.get(runner.socket)
         if client is None:
             for socket in [s for s in self._clients if not Path(s).exists()]:
-                asyncio.get_running_loop().create_task(self._clients.pop(socket).aclose())
-            client = self._clients[runner.socket] = httpx.AsyncClient(
-                transport=httpx.AsyncHTTPTransport(
-                    uds=runner.socket, limits=httpx.Limits(max_connections=None, max_keepalive_connections=8)
-                ),
-                base_url="http://localhost",
-                timeout=None,  # noqa: S113 - a long answer takes minutes; the client's leaving ends it
-            )
+                self._clients.pop(socket).close()
+            client = self._clients[runner.socket] = UnixClient(runner.socket)
         return client
 
     async def _why(self, runner: Runner, error: Exception) -> NbinferError:
@@ -555,9 +543,10 @@ class SidecarService:
         for entry in self.loader.entries():
             runner: Runner | None = entry.loaded
             if entry.state == "ready" and runner is not None:
-                with contextlib.suppress(httpx.HTTPError):
-                    answer = await self._client(runner).get("/metrics", timeout=5)
-                    pages.append((runner, answer.text))
+                with contextlib.suppress(BrokenConnectionError, TimeoutError):
+                    async with asyncio.timeout(5):
+                        answer = await self._client(runner).request("GET", "/metrics")
+                        pages.append((runner, (await answer.read()).decode()))
         text = await asyncio.to_thread(_merged_metrics, pages)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
@@ -659,7 +648,6 @@ async def run(options: Options, on_ready: Callable[[discovery.Service], None] | 
         servers.append((server(guard), listener))
         described |= {"address": f"http://127.0.0.1:{listener.getsockname()[1]}", "token": token}
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(ignore_late_wakeups)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, service.stopping.set)
     serving = [asyncio.create_task(each.serve(sockets=[listener])) for each, listener in servers]

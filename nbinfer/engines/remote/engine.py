@@ -1,4 +1,4 @@
-"""An engine somewhere else: the `openai` client, made to look like a model in this process.
+"""An engine somewhere else: a client of OpenAI's API, made to look like a model in this process.
 
 One thread runs an event loop for all requests of all remote engines; requests are tasks on it, and a
 cancelled request closes its connection, at which the server stops generating.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import json
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from nbinfer.contract.errors import (
     EngineError,
     NbinferError,
     NotSupported,
-    RequestError,
     SchemaError,
 )
 from nbinfer.contract.modes import Mode
@@ -41,11 +39,18 @@ from nbinfer.contract.results import (
     Usage,
 )
 from nbinfer.engines.protocol import EngineLoad
+from nbinfer.engines.remote.clients import (
+    Client,
+    ConnectionLostError,
+    Endpoint,
+    OpenAIClient,
+    OwnClient,
+    open_openai,
+)
 from nbinfer.engines.remote.wire import (
     RunnerLost,
     completion_body,
     details_from_json,
-    error_from_json,
     vectors_from_wire,
 )
 from nbinfer.engines.stream import Stream
@@ -64,29 +69,6 @@ _MODES: dict[type, Mode] = {
 }
 BATCH_IN_FLIGHT = 32
 """Batch requests sent at once; further ones wait here, and a cell's request need not queue behind them."""
-CONNECT_SECONDS = 10.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint:
-    """Where a model is served.
-
-    Attributes
-    ----------
-    base_url
-        With ``/v1`` at its end.
-    model
-        The model's name there.
-    api_key
-        What the server asks for; local ones usually ask for nothing.
-    socket
-        A Unix socket; then the host in ``base_url`` only fills a header.
-    """
-
-    base_url: str
-    model: str
-    api_key: str = "none"
-    socket: str | None = None
 
 
 # -- the thread that talks ------------------------------------------------------------------------------
@@ -125,34 +107,6 @@ class _Loop:
 _loop = _Loop()
 
 
-def warm_up() -> None:
-    """Import the client in the background: it takes a second, which a load can use."""
-    threading.Thread(
-        target=lambda: importlib.import_module("openai"), name="nbinfer-import", daemon=True
-    ).start()
-
-
-def _client(endpoint: Endpoint) -> Any:
-    """Return an asynchronous `openai` client for an endpoint."""
-    import openai
-
-    # The client's HTTP library is httpx, under whatever name this version of `openai` imports it.
-    base = next(c for c in openai.DefaultAsyncHttpxClient.__mro__ if not c.__module__.startswith("openai"))
-    http = importlib.import_module(base.__module__.partition(".")[0])
-    limits = http.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=30)
-    options: dict[str, Any] = {"limits": limits, "trust_env": False}
-    if endpoint.socket is not None:
-        options["transport"] = http.AsyncHTTPTransport(uds=endpoint.socket, limits=limits)
-    return openai.AsyncOpenAI(
-        base_url=endpoint.base_url,
-        api_key=endpoint.api_key,
-        max_retries=0,
-        # A long prompt on a slow machine takes minutes before its first byte.
-        timeout=http.Timeout(None, connect=CONNECT_SECONDS),
-        http_client=http.AsyncClient(**options),
-    )
-
-
 def list_models(endpoint: Endpoint, *, timeout: float) -> list[dict[str, Any]]:
     """Return the models that a server lists, as it describes them.
 
@@ -164,7 +118,7 @@ def list_models(endpoint: Endpoint, *, timeout: float) -> list[dict[str, Any]]:
     import openai
 
     async def ask() -> list[dict[str, Any]]:
-        client = _client(endpoint)
+        client = open_openai(endpoint)
         try:
             found = await client.models.list(timeout=timeout)
             return [each.model_dump() for each in found.data]
@@ -232,7 +186,7 @@ class RemoteEngine:
         self._generated = 0
         self._prompt_tokens = 0
         # Made on the loop's thread, which owns them.
-        self._made: Any = None
+        self._made: Client | None = None
         self._batch: asyncio.Semaphore | None = None
 
     # -- callers' side ----------------------------------------------------------------------------------
@@ -301,11 +255,8 @@ class RemoteEngine:
     def _call(self, path: str, body: Mapping[str, Any]) -> Any:
         """Make a small request and wait for it."""
 
-        async def post() -> Any:
-            return await self._post(path, body)
-
         async def run() -> Any:
-            return await self._with_retry(post, lambda: True)
+            return await self._with_retry(lambda: self._post(path, body), lambda: True)
 
         if self._closed:
             raise EngineClosed(f"{self._name} was unloaded; load it again with nb.load.")
@@ -405,51 +356,31 @@ class RemoteEngine:
     ) -> Any:
         """Do ``work``; once more when the server was lost before anybody saw a piece of the answer."""
         try:
-            return await self._translated(work())
-        except (RunnerLost, _ConnectionLostError) as error:
+            return await work()
+        except (RunnerLost, ConnectionLostError) as error:
             if not unseen() or self._renew is None or self._closed:
                 raise _plain(error, self._name) from None
         try:
             found = await asyncio.to_thread(self._renew)
             if found != self._endpoint:
                 self._endpoint = found
-                self._made = None
-            return await self._translated(work())
-        except _ConnectionLostError as error:
+                lost, self._made = self._made, None
+                if lost is not None:
+                    await lost.close()
+            return await work()
+        except ConnectionLostError as error:
             raise _plain(error, self._name) from None
 
-    async def _translated(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Do ``work`` with the client's errors turned into ours."""
-        import openai
-
-        try:
-            return await work
-        except openai.APIStatusError as error:
-            raise error_from_json(_body(error.response, error.body), error.status_code) from None
-        except openai.APIConnectionError as error:
-            raise _ConnectionLostError(str(error.__cause__ or error)) from None
-        except openai.APIError as error:
-            # An error in the middle of a stream.
-            raise error_from_json({"error": error.body}) from None
-        except NbinferError:
-            raise
-        except Exception as error:
-            if type(error).__module__.partition(".")[0].startswith(("httpx", "httpcore")):
-                raise _ConnectionLostError(str(error)) from None
-            raise
-
-    def _api(self) -> Any:
+    def _client(self) -> Client:
         if self._made is None:
-            self._made = _client(self._endpoint)
+            endpoint = self._endpoint
+            own = self._own and endpoint.socket is not None
+            self._made = OwnClient(endpoint.socket or "") if own else OpenAIClient(endpoint)
         return self._made
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Post to a path that `openai` has no method for."""
-        api = self._api()
-        # Those routes lie beside /v1, not under it.
-        url = self._endpoint.base_url.removesuffix("/").removesuffix("/v1") + path
         given = {key: value for key, value in body.items() if value is not None}
-        return await api.post(url, cast_to=object, body=given)
+        return await self._client().post(path, given)
 
     async def _serve(self, job: _Job) -> Any:
         request = job.request
@@ -462,20 +393,21 @@ class RemoteEngine:
         return await self._complete(job, request)
 
     async def _embed(self, job: _Job, request: EmbeddingRequest) -> EmbeddingResult:
-        extra: dict[str, Any] = {"normalize": request.normalize, "priority": request.priority}
-        options: dict[str, Any] = {"extra_body": extra} if self._own else {}
-        if request.dims is not None:
-            options["dimensions"] = request.dims
         if not request.texts:
             return EmbeddingResult(
                 vectors=np.zeros((0, request.dims or self.info.dimensions or 0), np.float32),
                 n_tokens=(),
                 model=self._name,
             )
-        found = await self._api().embeddings.with_raw_response.create(
-            model=self._endpoint.model, input=list(request.texts), encoding_format="base64", **options
-        )
-        body = json.loads(found.text)
+        asked: dict[str, Any] = {
+            "model": self._endpoint.model,
+            "input": list(request.texts),
+            "encoding_format": "base64",
+            "dimensions": request.dims,
+        }
+        if self._own:
+            asked |= {"normalize": request.normalize, "priority": request.priority}
+        body = await self._post("/v1/embeddings", asked)
         data = sorted(body["data"], key=lambda each: each["index"])
         vectors = vectors_from_wire(each["embedding"] for each in data)
         details = body.get("nbinfer") or {}
@@ -548,21 +480,13 @@ class RemoteEngine:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        path = "/completions" if request.messages is None else "/chat/completions"
+        path = "/v1/completions" if request.messages is None else "/v1/chat/completions"
         job.restart()
-        import openai
-
-        # Not `chat.completions.create`: the body is checked already, and a piece of text is not worth a
-        # pydantic model, which together would double the time that the client takes.
-        chunks = await self._api().post(
-            path, cast_to=object, body=body, stream=True, stream_cls=openai.AsyncStream[object]
-        )
-        async with chunks:
+        async with contextlib.aclosing(self._client().stream(path, body)) as chunks:
             async for chunk in chunks:
-                if isinstance(chunk, dict):
-                    self._take(job, chunk)
+                self._take(job, chunk)
         if job.finish is None and job.details is None:
-            raise _ConnectionLostError("the answer ended in the middle")
+            raise ConnectionLostError("the answer ended in the middle")
         return self._result(job, request)
 
     def _take(self, job: _Job, chunk: dict[str, Any]) -> None:
@@ -641,21 +565,10 @@ class RemoteEngine:
         job.stream.put(Finished(result))
 
 
-class _ConnectionLostError(Exception):
-    """The server is not there, or went away."""
-
-
 def _plain(error: Exception, name: str) -> NbinferError:
     if isinstance(error, NbinferError):
         return error
     return EngineError(f"{name}: the server does not answer ({error!s:.200}).")
-
-
-def _body(response: Any, body: Any) -> Any:
-    """Return the whole error body; the client keeps only its ``error`` member."""
-    if isinstance(body, dict):
-        return {"error": body} if "error" not in body else body
-    return {"message": str(getattr(response, "text", body))[:500]}
 
 
 class _Job:
@@ -774,4 +687,4 @@ def _spread(total: int | None, n: int) -> tuple[int, ...]:
     return tuple(each + (i < rest) for i in range(n))
 
 
-__all__ = ["Endpoint", "RemoteEngine", "RequestError", "warm_up"]
+__all__ = ["Endpoint", "RemoteEngine"]
