@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
+    import pandas as pd
     from numpy.typing import NDArray
 
     from nbinfer.contract.requests import Message
@@ -86,6 +88,50 @@ class TokenLogprob:
     top: tuple[tuple[str, float], ...] = ()
 
 
+_MOST_SURPRISED = 700.0  # beyond, a float has no room for its exponential
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """How sure a model was of each token: what :meth:`Result.show_logprobs` returns. Shows itself coloured.
+
+    Where an answer was constrained, the probabilities are those before the constraint: a low one then says
+    that the model would have written something else.
+    """
+
+    tokens: tuple[TokenLogprob, ...]
+    model: str = ""
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the mean negative log-probability: 1 is certain, n as unsure as between n equal ones."""
+        if not self.tokens:
+            return 1.0
+        mean = sum(each.logprob for each in self.tokens) / len(self.tokens)
+        return math.exp(min(-mean, _MOST_SURPRISED))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per token: token, probability, and the most likely tokens instead as a dict, best first."""
+        import pandas as pd
+
+        rows = [
+            {
+                "token": each.token,
+                "probability": math.exp(each.logprob),
+                "instead": {text: math.exp(value) for text, value in each.top if text != each.token},
+            }
+            for each in self.tokens
+        ]
+        return pd.DataFrame(rows, columns=["token", "probability", "instead"])
+
+    def __repr__(self) -> str:
+        return str(rendering.mimebundle(self)[0]["text/plain"])
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Any:
+        del include, exclude
+        return rendering.mimebundle(self)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """The answer to one prompt.
@@ -123,6 +169,21 @@ class Result:
         """The first fenced code block, without its fence; None when there is none."""
         found = _FENCE.search(self.text)
         return found.group("code").removesuffix("\n") if found else None
+
+    def show_logprobs(self) -> Logprobs:
+        """Show how sure the model was of each token; the answer needs ``logprobs=k`` when it is asked for.
+
+        Raises
+        ------
+        RequestError
+            The answer was made without.
+        """
+        if self.logprobs is None:
+            raise RequestError(
+                "this answer has no log-probabilities.\n"
+                "Ask with them: nb.infer(prompt, logprobs=3), or %infer -p logprobs=3 … in a cell."
+            )
+        return Logprobs(self.logprobs, self.model)
 
     def reply(self, prompt: str, **options: Any) -> Result:
         """Continue the conversation: the messages so far, this answer, and ``prompt``.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nbinfer.contract.results import Result
+from nbinfer.contract.results import Logprobs, Result
 
 if TYPE_CHECKING:
     from nbinfer.contract.rendering import Bundle
 
 
 def mimebundle(value: Any) -> Bundle:
-    """Return (data, metadata) for a result, a model, a DataFrame or a list of row dicts; else plain text.
+    """Return (data, metadata) for a value of ours, a DataFrame or a list of row dicts; else plain text.
 
     This is the renderer to hand to :func:`nbinfer.contract.rendering.register`.
     """
@@ -19,6 +19,10 @@ def mimebundle(value: Any) -> Bundle:
         from nbinfer.display.result import result_bundle
 
         return result_bundle(value)
+    if isinstance(value, Logprobs):
+        from nbinfer.display.logprobs import logprobs_bundle
+
+        return logprobs_bundle(value)
     from nbinfer.session import Model
 
     if isinstance(value, Model):

@@ -63,6 +63,13 @@ def highlight(code: str, language: str = "") -> str:
     return "".join(pieces)
 
 
+# Copying what is selected works in pages without TLS too, where the clipboard's own interface is missing, and
+# shows what was copied. These are the only words of script in any output, and the same in each. A front end
+# that lets no output run script drops style sheets as well, and the button's word with them.
+COPY = "getSelection().selectAllChildren(this.nextElementSibling);document.execCommand('copy')"
+_BUTTON = f'<button class="nbinfer-copy" type="button" hidden="" aria-label="Copy" onclick="{COPY}"></button>'
+
+
 def code_block(code: str, language: str = "") -> str:
-    """Return a ``<pre>`` with ``code``, highlighted where possible."""
-    return f"<pre><code>{highlight(code, language)}</code></pre>"
+    """Return a block with ``code``, highlighted where possible, and a button that copies it."""
+    return f'<div class="nbinfer-code">{_BUTTON}<pre><code>{highlight(code, language)}</code></pre></div>'

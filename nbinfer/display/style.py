@@ -35,6 +35,12 @@ _BASE = {
     " pre": f"background:{_TINT};padding:.5em .8em;overflow:auto;white-space:pre;line-height:1.35",
     " code": "font-family:var(--jp-code-font-family,monospace);font-size:.92em;color:inherit;background:none",
     " :not(pre)>code": f"background:{_TINT};padding:0 .25em",
+    "-code": "position:relative",
+    " .nbinfer-copy": "display:block;position:absolute;top:.3em;right:.3em;padding:.1em .6em;font:inherit;"
+    f"font-size:.75em;color:inherit;background:{_TINT};border:1px solid {_LINE};border-radius:3px;"
+    "opacity:.55;cursor:pointer",
+    " .nbinfer-copy::after": 'content:"Copy"',
+    " .nbinfer-copy:hover,.nbinfer.nbinfer .nbinfer-copy:focus": "opacity:1",
     " blockquote": f"border-left:3px solid {_LINE};margin-left:0;padding-left:1em",
     " table": "border-collapse:collapse;font-size:inherit;margin:.3em 0",
     " th,.nbinfer.nbinfer td": f"border:1px solid {_LINE};padding:.2em .6em;text-align:left;color:inherit",

@@ -13,6 +13,8 @@ import pytest
 from support.hostile import CORPUS
 from support.kernel import WITH_FAKE
 
+from nbinfer.display.code import COPY
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.browser
 SETUP = f"""{WITH_FAKE}
 from IPython.display import display
 from support.hostile import CORPUS
-from nbinfer.contract.results import Delta, Result
+from nbinfer.contract.results import Delta, Result, TokenLogprob
 from nbinfer.tables import table
 
 def script(request):
@@ -44,6 +46,8 @@ display(Result(text="{}", parsed=[{text: text} for text in texts]))
 display(Result(text="{}", parsed={text: text for text in texts}))
 display(Result(text="{}", parsed={"deep": texts}))
 display(Result(text="x", tool_calls=[{"name": text, "arguments": {text: text}} for text in texts]))
+display(Result(text="x", logprobs=tuple(TokenLogprob(text, -2.0, ((text[::-1], -1.0),)) for text in texts),
+               model=" ".join(texts)).show_logprobs())
 display(Result(text="x", model=" ".join(texts), finish_reason="error", error=" ".join(texts)))
 display(table("ps", [{"name": text, "status": f"Error: {text}"} for text in texts], ["name", "status"]))
 for language in ("", "html", "markdown", "latex"):
@@ -63,15 +67,16 @@ for name, text in CORPUS.items():
 """
 
 # What there is below our outputs, as the browser understood it; each element is touched, to see what wakes.
-INSPECT = """() => {
+INSPECT = """copy => {
   const found = [];
   const tags = new Set(['STYLE','DIV','SPAN','P','H1','H2','H3','H4','H5','H6','PRE','CODE','EM','STRONG','S',
-    'A','UL','OL','LI','BLOCKQUOTE','TABLE','THEAD','TBODY','TR','TH','TD','DETAILS','SUMMARY','BR','HR']);
+    'A','BUTTON','UL','OL','LI','BLOCKQUOTE','TABLE','THEAD','TBODY','TR','TH','TD','DETAILS','SUMMARY','BR','HR']);
   const roots = document.querySelectorAll('.nbinfer');
   for (const root of roots) for (const element of root.querySelectorAll('*')) {
     const math = element.closest('mjx-container, .MathJax');
     if (!tags.has(element.tagName) && !math) found.push('tag ' + element.tagName);
     for (const {name, value} of element.attributes) {
+      if (name === 'onclick' && element.tagName === 'BUTTON' && value === copy) continue;
       if (name.startsWith('on') || ['src', 'srcset', 'srcdoc', 'action', 'formaction'].includes(name))
         found.push(`${element.tagName} ${name}=${value}`);
       if (/href$/.test(name) && !/^(https?:|mailto:)/.test(value)) found.push(`${name}=${value}`);
@@ -100,7 +105,7 @@ def settle(tab: Tab) -> None:
 
 def assert_inert(tab: Tab, outputs: int) -> None:
     settle(tab)
-    shown, found = tab.page.evaluate(INSPECT)
+    shown, found = tab.page.evaluate(INSPECT, COPY)
     settle(tab)
     assert (shown, found) == (outputs, [])
     assert (pwned(tab), tab.strays, tab.errors) == ([], [], [])
@@ -117,7 +122,7 @@ def test_a_script_would_be_seen_if_it_ran(lab: Lab) -> None:
         assert sorted(pwned(tab)) == ["__pwn", "__pwn2"]
         assert set(tab.strays) == {"http://evil.example/x.png"}
         assert tab.errors  # the picture could not be had
-        shown, found = tab.page.evaluate(INSPECT)
+        shown, found = tab.page.evaluate(INSPECT, COPY)
         assert shown == 1
         assert {"href=javascript:1", "A onclick=1", "tag IMG", "IMG src=http://evil.example/x.png"} <= {
             *found

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
+from nbinfer.display.code import COPY
+
 CORPUS: dict[str, str] = {
     "script": "hello <script>window.__pwn=1</script>",
     "script in upper case": "<SCRIPT SRC=//evil.example/x.js></SCRIPT>",
@@ -110,6 +112,7 @@ _TAGS = {
     "style": set(),
     "div": {"class"},
     "span": {"class"},
+    "button": {"class", "type", "hidden", "aria-label", "onclick"},
     "p": set(),
     **{f"h{n}": set() for n in range(1, 7)},
     "pre": set(),
@@ -140,6 +143,7 @@ _VALUES = {
     "rel": "noopener noreferrer nofollow",
     "start": r"\d+",
     "style": "text-align:(left|right|center)",
+    "onclick": re.escape(COPY),  # our own words, to the letter
 }
 _ACTIVE_TEX = r"\\(href|style|def|require|class|cssId)\b"
 
