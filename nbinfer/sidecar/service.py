@@ -425,7 +425,10 @@ class SidecarService:
         return SafeJSONResponse({"object": "list", "data": data})
 
     async def _model(self, request: Request) -> Response:
-        return SafeJSONResponse(self._listed(self._named(request.path_params["name"], None)))
+        wanted = self._named(request.path_params["name"], None)
+        # Who keeps answers has to know which weights gave them; a large file is read for it, once.
+        digest = await asyncio.to_thread(_digest, wanted.detail)
+        return SafeJSONResponse({**self._listed(wanted), "digest": digest})
 
     def _distinct(self) -> list[Wanted]:
         return list({wanted.key: wanted for wanted in self._names.values()}.values())
@@ -549,6 +552,16 @@ class SidecarService:
                         pages.append((runner, (await answer.read()).decode()))
         text = await asyncio.to_thread(_merged_metrics, pages)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+def _digest(recipe: Recipe) -> str:
+    """Return the digest of a model's weights; empty where its files are gone."""
+    from nbinfer.models import resolve, weights_digest
+
+    try:
+        return recipe.digest or weights_digest(resolve(str(recipe.path)).paths)
+    except (OSError, NbinferError):
+        return ""
 
 
 def _flag_options(adapter: Backend, config: ModelConfig) -> dict[str, Any]:

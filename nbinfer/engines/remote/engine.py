@@ -49,6 +49,7 @@ from nbinfer.engines.remote.clients import (
 )
 from nbinfer.engines.remote.wire import (
     RunnerLost,
+    Unreachable,
     completion_body,
     details_from_json,
     vectors_from_wire,
@@ -568,7 +569,7 @@ class RemoteEngine:
 def _plain(error: Exception, name: str) -> NbinferError:
     if isinstance(error, NbinferError):
         return error
-    return EngineError(f"{name}: the server does not answer ({error!s:.200}).")
+    return Unreachable(f"{name}: the server does not answer ({error!s:.200}).")
 
 
 class _Job:

@@ -42,6 +42,8 @@ _STATUS: tuple[tuple[type[NbinferError], tuple[int, str, str | None]], ...] = (
     (errors.ModelLoadError, (500, "server_error", "model_load_failed")),
     (NbinferError, (500, "server_error", None)),
 )
+# Too slow, too many requests, or a proxy without its server behind it.
+_LATER = (408, 425, 429, 502, 503, 504)
 RUNNER_LOST = "runner_lost"
 """Code of the error that a request gets when the process that served it died."""
 STOPPING = "stopping"
@@ -80,7 +82,11 @@ def error_body(
     return {"error": error}
 
 
-class RunnerLost(errors.EngineError):
+class Unreachable(errors.EngineError):
+    """The server does not answer, or says that it cannot now: the request may do elsewhere, or later."""
+
+
+class RunnerLost(Unreachable):
     """The process that served the request died; the message holds how, and the last lines of its log.
 
     ``report`` is the whole report, with 64 KiB or more of the log, where the process was ours.
@@ -133,6 +139,8 @@ def _by_status(message: str, code: object, status: int | None) -> NbinferError:
         return errors.ModelNotFound(message)
     if status in (405, 501):
         return NotSupported(message)
+    if status in _LATER:
+        return Unreachable(message)
     return errors.EngineError(message)
 
 
