@@ -15,13 +15,14 @@ from nbinfer.memory.settings import experts_stay
 from nbinfer.memory.shape import GPU_ALIGNMENT, padded, row_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from nbinfer.memory.layout import Layout
     from nbinfer.memory.settings import Settings
     from nbinfer.memory.shape import Block, Part, Shape
 
 _OF_A_KIND = 3
+_LONGEST_PATTERN = 12
 _FLOAT = 4
 _ROTATION = 64
 _MULTIPLE_POSITIONS = frozenset(("qwen2vl", "qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe", "paddleocr"))
@@ -104,6 +105,28 @@ def _flash_stays(made: Layout, shape: Shape, settings: Settings, *, gpus: int) -
     builder.build()
     builder.graph.assign()
     return all(result.device == device for device, result in builder.attended)
+
+
+def _rounds_kept(kinds: Sequence[object]) -> list[bool]:
+    """Say which blocks stay when long repetitions of a pattern are cut in the middle, by an even number."""
+    kept = [True] * len(kinds)
+    start = 0
+    while start < len(kinds):
+        length, rounds = 1, 1
+        for period in range(1, min(_LONGEST_PATTERN, (len(kinds) - start) // 2) + 1):
+            times = 1
+            while (
+                kinds[start : start + period] == kinds[start + times * period : start + (times + 1) * period]
+            ):
+                times += 1
+            if times > 1 and times * period > length * rounds:
+                length, rounds = period, times
+        ends = _OF_A_KIND if length == 1 else 2
+        cut = max(0, (rounds - 2 * ends) // 2 * 2)
+        first = start + ends * length
+        kept[first : first + cut * length] = [False] * (cut * length)
+        start += length * rounds
+    return kept
 
 
 class _Builder:
@@ -257,32 +280,39 @@ class _Builder:
     def _chosen(self) -> list[Block]:
         """Return the blocks to lay out: some of each kind from either end.
 
-        Places alternate from block to block, so an odd number of equal blocks stays odd. All of them where
-        each leaves other gaps: recurrent blocks among others, and blocks that a GPU computes for main memory.
+        Places alternate from block to block, so an odd number of equal blocks stays odd. Whole rounds of the
+        pattern where the order of kinds leaves other gaps: recurrent blocks among others, and blocks that a
+        GPU computes for main memory.
         """
-        among = len(set(self.placed)) > 1 or any(block.key_row for block in self.shape.blocks)
+        blocks = self.shape.blocks
+        kinds = [self._kind(block) for block in blocks]
+        among = len(set(self.placed)) > 1 or any(block.key_row for block in blocks)
         shared = self.graph.gpus > 0 and CPU in self.placed
+        if shared and self.shape.recurrent:
+            return blocks
         if self.small or shared or (self.shape.recurrent and among):
-            return self.shape.blocks
-        kinds: dict[tuple[object, ...], list[Block]] = {}
-        for block in self.shape.blocks:
-            kind = (
-                self.placed[block.index],
-                experts_stay(self.settings.experts_on_cpu, block.index),
-                block.sliding,
-                block.recurrent,
-                bool(block.key_row),
-                block.heads,
-                block.kv_heads,
-                len(block.part.tensors),
-            )
-            kinds.setdefault(kind, []).append(block)
+            return [block for block, kept in zip(blocks, _rounds_kept(kinds), strict=True) if kept]
+        alike: dict[tuple[object, ...], list[int]] = {}
+        for number, kind in enumerate(kinds):
+            alike.setdefault(kind, []).append(number)
         kept = {
-            block.index
-            for alike in kinds.values()
-            for block in (*alike[: _OF_A_KIND + len(alike) % 2], *alike[-_OF_A_KIND:])
+            number
+            for numbers in alike.values()
+            for number in (*numbers[: _OF_A_KIND + len(numbers) % 2], *numbers[-_OF_A_KIND:])
         }
-        return [block for block in self.shape.blocks if block.index in kept]
+        return [block for number, block in enumerate(blocks) if number in kept]
+
+    def _kind(self, block: Block) -> tuple[object, ...]:
+        return (
+            self.placed[block.index],
+            experts_stay(self.settings.experts_on_cpu, block.index),
+            block.sliding,
+            block.recurrent,
+            bool(block.key_row),
+            block.heads,
+            block.kv_heads,
+            len(block.part.tensors),
+        )
 
     def _enter(self, block: Block) -> None:
         self.block, self.part, self.device = block, block.part, self.placed[block.index]

@@ -24,48 +24,37 @@ _PIPELINE_COPIES = 4
 
 
 class Result:
-    """What an operation, an input or a stored tensor holds: a size, a device, and who still needs it."""
+    """What an operation, an input or a stored tensor holds: a size, a device, and who still needs it.
 
-    __slots__ = (
-        "address", "children", "device", "extra", "fetched", "held", "kept", "kind", "size", "stored",
-        "views",
-    )  # fmt: skip
+    What few of them have stands here for all.
+    """
 
-    def __init__(self, size: int, device: int | None = None, *, stored: bool = False) -> None:
+    of: Result | None = None
+    """Whose memory it is, where it is a view."""
+    kind: tuple[str, int] | None = None
+    extra = 0
+    kept = held = fetched = counted = False
+    children = views = address = 0
+
+    def __init__(self, size: int, device: int | None = None) -> None:
         self.size = size
         self.device = device
-        self.stored = stored
-        self.extra = 0
-        self.kind: tuple[str, int] | None = None
-        self.kept = self.held = self.fetched = False
-        self.children = self.views = self.address = 0
-
-    @property
-    def root(self) -> Result:
-        """Whose memory this is."""
-        return self
 
 
 class View(Result):
     """A part of another result, or the whole in another shape."""
 
-    __slots__ = ("of",)
-
     def __init__(self, of: Result, size: int | None = None) -> None:
-        super().__init__(of.root.size if size is None else size, of.root.device, stored=of.root.stored)
-        self.of = of.root
-
-    @property
-    def root(self) -> Result:
-        """Whose memory this is."""
-        return self.of
+        self.of = of = of.of or of
+        self.size = of.size if size is None else size
+        self.device = of.device
 
 
 class _Operation:
     __slots__ = ("device", "result", "reuse", "sources")
 
     def __init__(
-        self, result: Result, sources: tuple[Result, ...], reuse: tuple[Result, ...], device: int | None
+        self, result: Result, sources: tuple[Result, ...], reuse: Sequence[Result], device: int | None
     ) -> None:
         self.result, self.sources, self.reuse, self.device = result, sources, reuse, device
 
@@ -98,14 +87,14 @@ class Graph:
 
     def weight(self, size: int, device: int, *, kind: str = "", row: int = 0) -> Result:
         """Return a weight; ``kind`` and ``row`` are its type and the length of its rows."""
-        made = Result(size, device, stored=True)
+        made = Result(size, device)
         made.fetched = True
         made.kind = (kind, row) if kind else None
         return made
 
     def cache(self, size: int, device: int) -> Result:
         """Return memory that is kept from one graph to the next."""
-        return Result(size, device, stored=True)
+        return Result(size, device)
 
     def op(
         self,
@@ -138,26 +127,28 @@ class Graph:
             Where it must run, when only one can.
         """
         made = Result(size)
-        made.extra = extra
+        if extra:
+            made.extra = extra
         if weight is not None:
-            sources = (*sources, weight)
             if chooses:
                 device = weight.device
                 if device == CPU and self._offload and rows >= _OFFLOAD_ROWS:
                     device = 0
-        self._operations.append(_Operation(made, sources, tuple(reuse), device))
+            if weight.device != device:  # else it is read where it lies
+                sources = (*sources, weight)
+        self._operations.append(_Operation(made, sources, reuse, device))
         return made
 
     def look_up(self, size: int, table: Result, indices: Result) -> Result:
         """Append a row lookup, which runs where the table is."""
         made = Result(size)
-        self._operations.append(_Operation(made, (table, indices), (), table.device))
+        self._operations.append(_Operation(made, (indices,), (), table.device))
         return made
 
     def write(self, cache: Result, *sources: Result) -> None:
         """Append an operation that writes into a cache, where the cache is."""
         made = View(cache)
-        self._operations.append(_Operation(made, (*sources, cache), (), cache.device))
+        self._operations.append(_Operation(made, sources, (), cache.device))
 
     # -- devices -----------------------------------------------------------------------------------------
 
@@ -181,41 +172,36 @@ class Graph:
         for operation in operations:
             operation.result.device = operation.device
 
-    def _copies(self) -> list[list[tuple[Result, Result]]]:
-        """Return, for each operation, what is copied to its device at the start of its split.
+    def _copies(self) -> dict[int, list[tuple[Result, Result]]]:
+        """Return what is copied to a device before an operation, by its number: at the start of its split.
 
         A split ends where the device changes, or where another weight has to be fetched: the room of the
         previous one is free again then.
         """
-        starts: list[list[tuple[Result, Result]]] = [[] for _ in self._operations]
+        starts: dict[int, list[tuple[Result, Result]]] = {}
+        if not self.gpus:
+            return starts
         made: dict[tuple[int, int], Result] = {}
         split: list[tuple[Result, Result]] = []
         device: int | None = None
         for index, operation in enumerate(self._operations):
-            here = CPU if operation.device is None else operation.device
-            operation.device = operation.result.device = here
-            fetches = any(
-                s.fetched and s.device != here and not self._reads(here, s.device) for s in operation.sources
-            )
-            if here != device or (fetches and split):
-                device, split = here, starts[index]
-            replaced = list(operation.sources)
-            for position, source in enumerate(operation.sources):
-                lies = source.root.device
-                if lies == here or lies is None or self._reads(here, lies):
-                    continue
+            here = operation.device
+            if here is None:
+                here = operation.device = operation.result.device = CPU
+            away = [s for s in operation.sources if (s.of or s).device not in (here, None)]
+            if here != device or (split and any(source.fetched for source in away)):
+                device = here
+                split = starts[index] = []
+            if not away:
+                continue
+            for source in away:
                 key = (id(source), here)
                 if key not in made:
                     made[key] = self._copy(source, here)
                     split.append((source, made[key]))
-                replaced[position] = made[key]
-            operation.reuse = tuple(made.get((id(parent), here), parent) for parent in operation.reuse)
-            operation.sources = tuple(replaced)
+            operation.reuse = tuple(made.get((id(s), here), s) for s in operation.reuse)
+            operation.sources = tuple(made[id(s), here] if s in away else s for s in operation.sources)
         return starts
-
-    @staticmethod
-    def _reads(device: int, lies: int | None) -> bool:
-        return device == CPU and lies == CPU
 
     @staticmethod
     def _copy(source: Result, device: int) -> Result:
@@ -234,15 +220,19 @@ class Graph:
         room[CPU] = _Room(CPU_ALIGNMENT)
         self._place_inputs(starts, room)
         self._count(starts)
-        for operation, copies in zip(self._operations, starts, strict=True):
-            for source, copy in copies:
+        for index, operation in enumerate(self._operations):
+            for source, copy in starts.get(index, ()):
                 self._release(source, room)
                 if not copy.held:
                     self._place(copy, room)
-            self._run(operation, room)
+            result, reuse = operation.result, operation.reuse
+            if result.of is None and not (reuse and self._take_over(result, reuse, room)):
+                self._place(result, room)
+            for source in operation.sources:
+                self._release(source, room)
         return {device: space.most for device, space in room.items()}
 
-    def _place_inputs(self, starts: list[list[tuple[Result, Result]]], room: dict[int, _Room]) -> None:
+    def _place_inputs(self, starts: dict[int, list[tuple[Result, Result]]], room: dict[int, _Room]) -> None:
         """Place what is there before the first operation; in a pipeline, once for each batch in it."""
         for made in self._inputs:
             made.kept = made.kept or self._pipeline
@@ -252,29 +242,22 @@ class Graph:
                     room[CPU].take(made.size)
         if not self._pipeline:
             return
-        for copies in starts:
+        for copies in starts.values():
             for _, copy in copies:
                 copy.kept = True
                 self._place(copy, room)
                 for _ in range(_PIPELINE_COPIES - 1):
                     room[copy.device or 0].take(copy.size)
 
-    def _count(self, starts: list[list[tuple[Result, Result]]]) -> None:
+    def _count(self, starts: dict[int, list[tuple[Result, Result]]]) -> None:
         """Count who needs what; a view needs what it is of, once."""
-        seen: set[int] = set()
-        for operation, copies in zip(self._operations, starts, strict=True):
-            for source in (*(source for source, _ in copies), *operation.sources):
-                source.children += 1
-                if isinstance(source, View) and id(source) not in seen:
-                    seen.add(id(source))
-                    source.of.views += 1
-
-    def _run(self, operation: _Operation, room: dict[int, _Room]) -> None:
-        result = operation.result
-        if not isinstance(result, View) and not self._take_over(result, operation.reuse, room):
-            self._place(result, room)
-        for source in operation.sources:
-            self._release(source, room)
+        needed = [source for operation in self._operations for source in operation.sources]
+        needed += [source for copies in starts.values() for source, _ in copies]
+        for source in needed:
+            source.children += 1
+            if source.of is not None and not source.counted:
+                source.counted = True
+                source.of.views += 1
 
     @staticmethod
     def _place(result: Result, room: dict[int, _Room]) -> None:
@@ -288,7 +271,7 @@ class Graph:
     def _take_over(result: Result, parents: Iterable[Result], room: dict[int, _Room]) -> bool:
         """Put the result where a parent is that nobody else needs; a view's room is never taken over."""
         for parent in parents:
-            if isinstance(parent, View) or not parent.held or parent.kept:
+            if parent.of is not None or not parent.held or parent.kept:
                 continue
             if parent.children != 1 or parent.views:
                 continue
@@ -304,8 +287,10 @@ class Graph:
         source.children -= 1
         if source.children or source.views:
             return
-        root = source.root
-        if source is not root:
+        root = source.of
+        if root is None:
+            root = source
+        else:
             root.views -= 1
             if root.views or root.children:
                 return

@@ -11,6 +11,7 @@ from support import synthetic
 
 from nbinfer.contract.errors import ConfigError, NotSupported
 from nbinfer.gguf import read_header
+from nbinfer.memory import compute
 from nbinfer.memory import settings as settings_module
 from nbinfer.memory.analytic import layout
 from nbinfer.memory.graph import Graph, View
@@ -301,6 +302,36 @@ def test_a_packed_cache_needs_flash_attention_and_heads_it_can_pack(shape: Load)
 
 
 # -- the allocator ---------------------------------------------------------------------------------------
+
+
+CUT = [
+    ("llama-3.1-8b", 20, False),
+    ("gemma-3-4b", 12, False),
+    ("qwen3-30b-a3b", 33, False),
+    ("qwen3-30b-a3b", -1, 17),
+    ("gpt-oss-20b", 9, True),
+    ("gemma-4-e2b", 20, False),
+    ("qwen3-next-80b-a3b", -1, False),
+    ("qwen3-next-80b-a3b", -1, True),
+    ("falcon-h1-0.5b", 20, False),
+]
+
+
+@pytest.mark.parametrize(("name", "gpu_layers", "experts_on_cpu"), CUT)
+def test_rounds_left_out_of_the_graph_would_not_have_changed_its_size(
+    shape: Load,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    gpu_layers: int,
+    experts_on_cpu: bool | int,
+) -> None:
+    settings = plain(4096, gpu_layers=gpu_layers, parallel=4, experts_on_cpu=experts_on_cpu)
+    made = layout(shape(name), settings, GPU)
+    monkeypatch.setattr(compute, "_rounds_kept", lambda kinds: [True] * len(kinds))
+    whole = layout(shape(name), settings, GPU)
+    assert {device: held.compute for device, held in made.held.items()} == {
+        device: held.compute for device, held in whole.held.items()
+    }
 
 
 def test_a_result_takes_the_place_of_one_that_nobody_needs_any_more() -> None:
