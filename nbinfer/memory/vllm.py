@@ -27,7 +27,9 @@ DEFAULT_UTILIZATION = 0.9
 _OVERHEAD = (400 << 20, 1400 << 20)
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float": 4, "half": 2}
 _STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_CACHE_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+_CACHE_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "float16": 2, "bfloat16": 2}
+CPU_BLOCK = 128
+"""Tokens of one block of the KV cache on a CPU; on GPUs it is 16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +147,7 @@ def estimate_vllm(
     total, free = _smallest_gpu(gpus, tensor_parallel)
     item = _loaded_bytes(header, dtype)
     weights = _weights(header, item) // tensor_parallel
-    per_token = _cache_per_token(header, _CACHE_BYTES.get(kv_type, min(item, 2)), tensor_parallel)
+    per_token = _cache_per_token(header, _CACHE_BYTES.get(kv_type, item), tensor_parallel)
     trained = header.context_length or 4096
     wanted = trained if context_size in (None, -1) else int(context_size or trained)
     budget = int(gpu_memory_utilization * total)
@@ -168,6 +170,18 @@ def estimate_vllm(
         required=least,
         tensor_parallel=tensor_parallel,
     )
+
+
+def cache_bytes(header: SafetensorsHeader, *, tokens: int, kv_type: str = "auto", dtype: str = "auto") -> int:
+    """Return the bytes of KV cache that one sequence of ``tokens`` needs on a CPU, in whole blocks.
+
+    Raises
+    ------
+    NotSupported, ConfigError
+        The configuration lacks what is needed, or ``dtype`` is unknown.
+    """
+    item = _CACHE_BYTES.get(kv_type, _loaded_bytes(header, dtype))
+    return _cache_per_token(header, item, 1) * -(-tokens // CPU_BLOCK) * CPU_BLOCK
 
 
 def _header(ref: str | os.PathLike[str] | SafetensorsHeader) -> SafetensorsHeader:
