@@ -21,6 +21,20 @@ BATCH, MICRO_BATCH = 2048, 512
 LEAST_BATCH = 256
 """A batch is not larger than the context, but holds at least this."""
 
+ESTIMATED = (
+    "context_size",
+    "parallel",
+    "kv_type",
+    "gpu_layers",
+    "flash_attention",
+    "batch_size",
+    "micro_batch",
+    "mmap",
+    "tensor_split",
+    "projector",
+)
+"""The options of a load that change what it takes; ``estimate`` has them by the same names."""
+
 PLAIN_ATTENTION_CONTEXT = 16_384
 """Up to here a CPU does without flash attention, which is slower there and adds in half precision.
 

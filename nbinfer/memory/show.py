@@ -104,22 +104,21 @@ def _bar(device: DeviceEstimate) -> str:
     )
 
 
+# Text takes the colour of the page, whatever its theme or without one; a verdict is told by its mark and its
+# word, and the colour stands in an edge, where no contrast is lost.
 _STYLE = """<style>
-.nbinfer-est{color:var(--jp-ui-font-color1,#1f1f1f);background:var(--jp-layout-color0,#fff);max-width:46em;
- padding:4px 2px;font-family:var(--jp-ui-font-family,sans-serif);font-size:13px;line-height:1.5}
-.nbinfer-est-more,.nbinfer-est-legend{color:var(--jp-ui-font-color2,#555);font-size:12px}
+.nbinfer-est{color:var(--jp-content-font-color1,inherit);max-width:46em;padding:4px 2px;
+ font-family:var(--jp-ui-font-family,inherit);font-size:13px;line-height:1.5}
+.nbinfer-est-more,.nbinfer-est-legend{font-size:12px;opacity:.85}
 .nbinfer-est-more ul{margin:0 0 0 1.2em;padding:0}
-.nbinfer-est-fits{color:var(--jp-success-color0,#1b5e20);font-weight:600}
-.nbinfer-est-tight{color:var(--jp-warn-color0,#8a4b00);font-weight:600}
-.nbinfer-est-does-not-fit{color:var(--jp-error-color0,#b71c1c);font-weight:600}
-[data-jp-theme-light="false"] .nbinfer-est-fits{color:#81c784}
-[data-jp-theme-light="false"] .nbinfer-est-tight{color:#ffb74d}
-[data-jp-theme-light="false"] .nbinfer-est-does-not-fit{color:#ef9a9a}
+.nbinfer-est-fits,.nbinfer-est-tight,.nbinfer-est-does-not-fit{border-left:5px solid #2f8a4c;padding-left:6px}
+.nbinfer-est-tight{border-color:#b8622b}
+.nbinfer-est-does-not-fit{border-color:#cc4b4b}
 .nbinfer-est-head{margin-top:6px}
 .nbinfer-est-bar{position:relative;display:flex;height:14px;overflow:hidden;border-radius:3px;
- background:var(--jp-layout-color2,#e6e6e6)}
-.nbinfer-est-bar i{display:block;height:100%;box-shadow:inset -1px 0 var(--jp-layout-color0,#fff)}
-.nbinfer-est-bar b{position:absolute;top:0;bottom:0;width:2px;background:var(--jp-ui-font-color0,#000)}
+ background:rgba(128,128,128,.25)}
+.nbinfer-est-bar i{display:block;height:100%;box-shadow:inset -1px 0 rgba(255,255,255,.7)}
+.nbinfer-est-bar b{position:absolute;top:0;bottom:0;width:2px;background:currentColor}
 .nbinfer-est-legend span{margin-right:12px;white-space:nowrap}
 .nbinfer-est-legend i{display:inline-block;width:9px;height:9px;margin-right:4px;border-radius:2px}
 </style>"""

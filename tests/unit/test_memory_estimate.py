@@ -200,10 +200,20 @@ def test_advice_fits_and_is_the_most_that_does(header: Load) -> None:
     changes = [dict(item.changes) for item in advice]
     assert [next(iter(change)) for change in changes] == ["context_size", "kv_type", "gpu_layers"]
     for change in changes:
-        assert made.again(**change).verdict != "does not fit", change
+        assert made.again(**change).verdict == "fits", change
     smaller, layers = changes[0]["context_size"], changes[2]["gpu_layers"]
-    assert made.again(context_size=smaller + 256).verdict == "does not fit"
-    assert made.again(gpu_layers=layers + 1).verdict == "does not fit"
+    assert made.again(context_size=smaller + 256).verdict != "fits"
+    assert made.again(gpu_layers=layers + 1).verdict != "fits"
+
+
+def test_advice_that_is_only_tight_says_so(header: Load) -> None:
+    made = plan(header("llama-3.1-8b"), gpus=[], ram="4GiB", context_size=131072)
+    assert made.verdict == "does not fit"
+    advice = made.advice()
+    assert advice
+    for item in advice:
+        assert item.text.endswith("(tight)")
+        assert made.again(**item.changes).verdict == "tight"
 
 
 def test_a_mixture_is_advised_to_keep_its_experts_in_main_memory(header: Load) -> None:
