@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nbinfer.contract.errors import BackendUnavailable, EngineError, RequestError
+from nbinfer.contract.errors import EngineError
+from nbinfer.engines.grammar import guidance_grammar, unusable
 from nbinfer.engines.llamacpp.library import library
 
 if TYPE_CHECKING:
@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 
     from nbinfer.contract.requests import Constraint
     from nbinfer.engines.llamacpp.weights import Weights
-
-
-# One line, spaced as Python and most training text write it. Free white space is where small models get lost:
-# they write blanks until their tokens run out.
-_JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Constrainer:
@@ -42,21 +37,15 @@ class Constrainer:
         BackendUnavailable
             llguidance is not installed.
         """
+        grammar = guidance_grammar(constraint)
+        import llguidance
+
         try:
-            import llguidance
-        except ImportError as e:
-            raise BackendUnavailable(
-                "constrained output needs llguidance.\nInstall it with: pip install llguidance"
-            ) from e
-        try:
-            grammar = _grammar(constraint)
             problem = llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer_of(llguidance))
         except (ValueError, TypeError) as e:
             problem = str(e)
         if problem:
-            raise RequestError(
-                f"the {constraint.kind.replace('_', ' ')} cannot be used as a constraint: {problem[:300]}"
-            )
+            raise unusable(constraint, problem)
         return Matcher(llguidance.LLMatcher(self._tokenizer, grammar), self._weights)
 
     def _tokenizer_of(self, llguidance: Any) -> Any:
@@ -118,21 +107,3 @@ class Matcher:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise EngineError(f"the constraint failed while decoding: {self._matcher.get_error()[:300]}")
-
-
-def _grammar(constraint: Constraint) -> str:
-    from llguidance import LLMatcher, gbnf_to_lark
-
-    kind, value = constraint.kind, constraint.value
-    if kind == "json_schema":
-        return str(LLMatcher.grammar_from_json_schema(value, defaults=_JSON_STYLE))
-    if kind == "json":
-        return str(LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=_JSON_STYLE))
-    if kind == "choices":
-        options = " | ".join(json.dumps(str(c)) for c in value)
-        return str(LLMatcher.grammar_from_lark(f"start: {options}"))
-    if kind == "regex":
-        return str(LLMatcher.grammar_from_regex(value))
-    if "::=" in value:
-        value = gbnf_to_lark.any_to_lark(value)
-    return str(LLMatcher.grammar_from_lark(value))

@@ -44,14 +44,14 @@ from nbinfer.contract.results import (
     Timings,
     Usage,
 )
+from nbinfer.engines.alive import closed_on_error, register
 from nbinfer.engines.llamacpp.adapters import Adapters
-from nbinfer.engines.llamacpp.alive import closed_on_error, register
 from nbinfer.engines.llamacpp.constrain import Constrainer
 from nbinfer.engines.llamacpp.context import ABORTED, NO_SPACE, OK, Context, engine_version
 from nbinfer.engines.llamacpp.media import has_images, take_images
 from nbinfer.engines.llamacpp.sampling import Sampler, logprob_of
 from nbinfer.engines.llamacpp.sequence import Scores, Sequence, Slot, common_prefix, youth
-from nbinfer.engines.llamacpp.weights import SEAM, Weights
+from nbinfer.engines.plaintext import SEAM, defused_message
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
 from nbinfer.engines.template import ChatTemplate
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from nbinfer.engines.llamacpp.context import ContextSettings
     from nbinfer.engines.llamacpp.media import Media, Projector
     from nbinfer.engines.llamacpp.speculate import Speculation
+    from nbinfer.engines.llamacpp.weights import Weights
 
 FAILED = -1
 MIN_SHARED = 8
@@ -372,7 +373,7 @@ class CompletionEngine:
             )
         think = False if request.think is None and self._budget(request) == 0 else request.think
         variables = {} if think is None else {"enable_thinking": think}
-        safe = [_defused(message, self._weights) for message in messages]
+        safe = [defused_message(message, self._weights.control_texts) for message in messages]
         return self._template.render(safe, tools=request.tools, **variables)
 
     def _adds_bos(self, text: str) -> bool:
@@ -955,17 +956,3 @@ class CompletionEngine:
         if request.stop:
             params["stop"] = list(request.stop)
         return params
-
-
-def _defused(message: Message, weights: Weights) -> dict[str, Any]:
-    """A message whose text cannot be read as control tokens: what a person pastes must not end its turn."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return {**message, "content": weights.defused(content)}
-    if isinstance(content, list | tuple):
-        parts = [
-            {**part, "text": weights.defused(part["text"])} if isinstance(part.get("text"), str) else part
-            for part in content
-        ]
-        return {**message, "content": parts}
-    return dict(message)

@@ -21,7 +21,7 @@ from nbinfer.contract.errors import (
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import EmbeddingRequest, RerankRequest
 from nbinfer.contract.results import EmbeddingResult, Finished, PromptProgress, RerankResult
-from nbinfer.engines.llamacpp.alive import closed_on_error, register
+from nbinfer.engines.alive import closed_on_error, register
 from nbinfer.engines.llamacpp.context import OK, Context, engine_version
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream

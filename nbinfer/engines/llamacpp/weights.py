@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
 import threading
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,15 +12,14 @@ import numpy as np
 
 from nbinfer.contract.errors import EngineClosed, ModelLoadError
 from nbinfer.engines.llamacpp.library import LOG, library, may_rearrange_weights
+from nbinfer.engines.plaintext import SEAM, control_pattern
 
 if TYPE_CHECKING:
+    import re
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
-
-SEAM = "\ue0f7"
-"""A private-use character that no text means anything by: where a prompt is cut before it is tokenised."""
 
 
 class Weights:
@@ -187,13 +185,12 @@ class Weights:
             for token in range(self.n_vocab)
             if self.token_kind(token)[0]
         }
-        found = sorted((re.escape(text) for text in texts if len(text) > 1), key=len, reverse=True)
-        return re.compile("|".join(found)) if found else None
+        return control_pattern(texts)
 
     def tokenize_rendered(self, text: str, *, add_special: bool) -> NDArray[np.int32]:
         """Tokens of a rendered prompt: the template's control tokens count, those inside messages do not.
 
-        Messages have been through :func:`defused`, which put :data:`SEAM` into whatever looks like one.
+        Messages have been through :func:`~nbinfer.engines.plaintext.defused_message`.
         """
         if SEAM not in text:
             return self.tokenize(text, special=True, add_special=add_special)
@@ -201,15 +198,6 @@ class Weights:
         tokens = [self.tokenize(parts[0], special=True, add_special=add_special)]
         tokens += [self.tokenize(part, special=True, add_special=False) for part in parts[1:]]
         return np.concatenate(tokens)
-
-    def defused(self, text: str) -> str:
-        """``text`` with a seam in everything that reads like a control token, so that it stays text."""
-        if "<" not in text and "[" not in text:  # what all known control tokens begin with
-            return text
-        pattern = self.control_texts
-        if pattern is None:
-            return text
-        return pattern.sub(lambda found: found.group()[0] + SEAM + found.group()[1:], text)
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:
