@@ -1140,7 +1140,10 @@ def _verdict(header: Any) -> str:
 
 
 def ps() -> pd.DataFrame:
-    """Loaded models: where they run, the context in use, tokens per second so far, memory."""
+    """Loaded models: where they run, the context in use, what they do, and their memory as estimated.
+
+    A notebook shows the columns that fit a page; the frame has them all.
+    """
     from nbinfer.tables import table
 
     rows = []
@@ -1159,6 +1162,7 @@ def ps() -> pd.DataFrame:
                 "waiting": now.waiting,
                 "tokens": now.tokens_generated,
                 "load_seconds": round(m.load_seconds, 3),
+                "memory_bytes": _estimated_bytes(m.memory),
             },
         )
     columns = [
@@ -1173,8 +1177,16 @@ def ps() -> pd.DataFrame:
         "waiting",
         "tokens",
         "load_seconds",
+        "memory_bytes",
     ]
     return table("ps", rows, columns)
+
+
+def _estimated_bytes(estimate: Any) -> int | None:
+    from nbinfer.contract.memory import RequiredMemory
+
+    required = getattr(estimate, "required", None)
+    return required.ram + required.total_vram if isinstance(required, RequiredMemory) else None
 
 
 _PACKAGES = ("ipython", "ipykernel", "pandas", "pyarrow", "llama-cpp-python", "vllm")
