@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from nbinfer.contract.units import human_bytes
@@ -53,10 +54,14 @@ def _title(name: str) -> str:
     return str(name).removesuffix("_bytes").replace("_", " ")
 
 
+def _nothing(value: Any) -> bool:
+    # The names are pandas' own words for nothing.
+    nan = isinstance(value, float) and math.isnan(value)
+    return value is None or nan or type(value).__name__ in ("NAType", "NaTType")
+
+
 def _cell(name: str, value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "<td></td>"
-    if type(value).__name__ in ("NAType", "NaTType"):  # pandas' own words for nothing
+    if _nothing(value):
         return "<td></td>"
     if name in _STATE_COLUMNS:
         return f"<td>{badge(str(value))}</td>"
@@ -65,7 +70,32 @@ def _cell(name: str, value: Any) -> str:
     return f"<td>{escape(value)}</td>"
 
 
+def _running_model(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of :func:`nbinfer.ps` in the columns that fit a page."""
+    busy = row["running"] or row["waiting"]
+    # Engines whose sequences share one cache may hold more than one request's context.
+    room = max(row["context"], row["context_used"])
+    return {
+        "name": row["name"],
+        "mode": row["mode"],
+        "runs": f"{row['backend']}, {row['where']}",
+        "context": f"{row['context_used']:,} of {room:,}",
+        "requests": f"{row['running']} running, {row['waiting']} waiting" if busy else "idle",
+        "tokens": f"{row['tokens']:,}",
+        "memory": "" if _nothing(row["memory_bytes"]) else human_bytes(row["memory_bytes"]),
+    }
+
+
+_SHORT = {"ps": _running_model}
+"""Frames with more columns than fit a page, by what they show."""
+
+
 def frame_bundle(frame: Any) -> Bundle:
     """Return (data, metadata) of a pandas DataFrame of ours."""
     rows: list[dict[str, Any]] = frame.to_dict("records")
+    shorter = _SHORT.get(frame.attrs.get("nbinfer_table", ""))
+    if shorter is not None and rows:
+        with suppress(KeyError):  # somebody took columns out: what is left is shown
+            rows = [shorter(row) for row in rows]
+            frame = type(frame)(rows)
     return {"text/plain": printable(frame.to_string(index=False)), "text/html": badges_html(rows)}, {}

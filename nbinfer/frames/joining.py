@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from nbinfer.contract.errors import RequestError
 from nbinfer.frames.judge import filter as keep_rows
 from nbinfer.frames.neighbours import neighbours
+from nbinfer.frames.progress import announce
 from nbinfer.frames.prompts import unknown_column
 from nbinfer.frames.ranking import rerank as rank_documents
 from nbinfer.frames.run import choice
@@ -97,7 +97,7 @@ def join(
     if predicate is not None:
         calls.append(f"up to {first.rows * min(k, second.rows)} questions")
     if progress is not False:
-        sys.stderr.write(f"nbinfer.join: {', '.join(calls)}, less what is known already\n")
+        announce(f"nbinfer.join: {', '.join(calls)}, less what is known already")
     lefts, rights, _, scores = neighbours(
         first.column(left_on),
         second.column(right_on),

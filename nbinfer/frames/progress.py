@@ -256,6 +256,17 @@ def _in_notebook() -> bool:
     return shell is not None and hasattr(shell, "kernel")
 
 
+def announce(text: str) -> None:
+    """Say one line before long work: in the cell's output of a notebook, else on standard error."""
+    if not _in_notebook():
+        sys.stderr.write(f"{text}\n")
+        return
+    from IPython import display
+
+    show: Any = display.display
+    show({"text/html": f"<div><small>{html.escape(text)}</small></div>", "text/plain": text}, raw=True)
+
+
 def make_sink(progress: bool | Sink | None) -> Sink:  # noqa: FBT001 - the public option is a three-way switch
     """Return the place to show progress: None chooses, True insists, False is silent.
 

@@ -10,7 +10,7 @@ from nbinfer.contract.units import human_bytes
 if TYPE_CHECKING:
     from nbinfer.memory.estimate import DeviceEstimate, Estimate
 
-_LABELS = {
+LABELS = {
     "weights": "weights",
     "cache": "KV cache",
     "state": "state",
@@ -18,9 +18,11 @@ _LABELS = {
     "output": "output",
     "projector": "image encoder",
     "draft": "draft model",
+    "overhead": "overhead",
+    "file_backed": "in the file",
 }
 # Told apart without colour as well: each segment's name and size stand in the legend, in the same order.
-_COLOURS = {
+COLOURS = {
     "weights": "#3b76c4",
     "cache": "#c8741a",
     "state": "#8c6bb1",
@@ -36,9 +38,10 @@ _MARKS = {"fits": "✓", "tight": "!", "does not fit": "✗"}
 
 def parts(device: DeviceEstimate) -> list[tuple[str, str, int]]:
     """(key, label, bytes) of what is on a device, in the order it is drawn; nothing that is empty."""
-    rows = [(key, label, getattr(device, key)) for key, label in _LABELS.items()]
-    rows.append(("overhead", "overhead", sum(device.overhead) // 2))
-    rows.append(("file_backed", "in the file", device.at_hand))
+    rough = {"overhead": sum(device.overhead) // 2, "file_backed": device.at_hand}
+    rows = [
+        (key, label, rough[key] if key in rough else getattr(device, key)) for key, label in LABELS.items()
+    ]
     return [row for row in rows if row[2]]
 
 
@@ -84,7 +87,7 @@ def _bar(device: DeviceEstimate) -> str:
     shown = parts(device)
     whole = max(device.available, sum(size for _, _, size in shown), 1)
     segments = "".join(
-        f'<i style="width:{100 * size / whole:.2f}%;background:{_COLOURS[key]}" title="{escape(label)} '
+        f'<i style="width:{100 * size / whole:.2f}%;background:{COLOURS[key]}" title="{escape(label)} '
         f'{human_bytes(size)}"></i>'
         for key, label, size in shown
     )
@@ -93,7 +96,7 @@ def _bar(device: DeviceEstimate) -> str:
         left = 100 * device.available / whole
         edge = f'<b style="left:{left:.2f}%" title="free {human_bytes(device.available)}"></b>'
     legend = "".join(
-        f'<span><i style="background:{_COLOURS[key]}"></i>{escape(label)} {human_bytes(size)}</span>'
+        f'<span><i style="background:{COLOURS[key]}"></i>{escape(label)} {human_bytes(size)}</span>'
         for key, label, size in shown
     )
     head = f"{escape(device.name)}: {human_bytes(device.required)} of {human_bytes(device.available)} free"

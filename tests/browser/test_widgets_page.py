@@ -9,7 +9,7 @@ import pytest
 from support.axe import violations
 from support.fake_engine import HANG, FakeEngine
 from support.hostile import CORPUS
-from support.lab import SHOTS, chromium
+from support.lab import SHOTS
 from support.page import draw, put, sent
 from support.planner import FakePlanner
 
@@ -22,30 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    executable = chromium()
-    from playwright.sync_api import sync_playwright
-    from screenshots import FLAGS
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, headless=True, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    """A tab of which every error fails the test."""
-    page, errors = browser.new_page(viewport={"width": 900, "height": 1300}), []
-    page.on("console", lambda m: errors.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("request", lambda r: None if r.url.startswith(("blob:", "data:")) else errors.append(r.url))
-    yield page
-    page.close()
-    assert errors == []
 
 
 @pytest.fixture(scope="module")

@@ -69,6 +69,19 @@ def test_an_interrupt_keeps_finished_rows_and_the_next_run_goes_on(nb: Kernel) -
     assert nb.value("list(out['completion']) == rows") == "True"
 
 
+def test_what_a_join_will_cost_is_said_in_its_output(nb: Kernel) -> None:
+    setup = nb.run(
+        "import pandas as pd\nfrom support.frames import embedding_model\n"
+        "session.add(embedding_model(model='vectors'))\n"
+        "left, right = pd.DataFrame({'a': ['x', 'y']}), pd.DataFrame({'b': ['x', 'z', 'w']})"
+    )
+    assert setup.reply["status"] == "ok", setup.error_text
+    ran = nb.run("out = nb.join(left, right, left_on='a', right_on='b')")
+    assert ran.reply["status"] == "ok", ran.error_text
+    assert ran.shown[0] == "nbinfer.join: 2 + 3 embeddings, less what is known already"
+    assert ran.of("stream") == []  # standard error is red in a notebook, as if something were wrong
+
+
 def test_failed_rows_are_summed_up_in_the_display(nb: Kernel) -> None:
     nb.run("bad = ValueError('no')")
     nb.run("engine.script = lambda request: [bad] if 'bad' in str(request.messages) else echo(request)")

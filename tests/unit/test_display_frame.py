@@ -6,11 +6,13 @@ import re
 
 import pandas as pd
 import pytest
+from support.fake_engine import FakeEngine
 from support.hostile import CORPUS, problems
 
 from nbinfer.contract.units import human_bytes
 from nbinfer.display.frame import badge, badges_html, frame_bundle
 from nbinfer.display.style import COLOURS, STYLE
+from nbinfer.session import Model, ps, session
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,22 @@ def test_columns_are_shown_by_their_meaning() -> None:
     assert page.endswith("<td></td></tr></table></div>")
     missing = pd.DataFrame({"size_bytes": pd.array([None], dtype="Int64"), "at": [pd.NaT]})
     assert frame_bundle(missing)[0]["text/html"].count("<td></td>") == 2
+
+
+def test_loaded_models_are_shown_in_columns_that_fit_a_page() -> None:
+    engine = Model(engine=FakeEngine(), name="fake", backend="llamacpp")
+    session.add(engine)
+    try:
+        loaded = ps()
+    finally:
+        engine.unload()
+    assert loaded.shape == (1, 12)
+    data, _ = frame_bundle(loaded)
+    heads = re.findall("<th>(.*?)</th>", data["text/html"])
+    assert heads == ["name", "mode", "runs", "context", "requests", "tokens", "memory"]
+    assert re.search("fake completion llamacpp, kernel 0 of 512 +idle +0", data["text/plain"])
+    del loaded["waiting"]
+    assert "load seconds" in frame_bundle(loaded)[0]["text/html"]
 
 
 def test_an_empty_table_says_so() -> None:
