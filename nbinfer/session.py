@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -33,7 +33,7 @@ from nbinfer.contract.requests import (
     Sampling,
 )
 from nbinfer.contract.results import Delta, Finished, Result
-from nbinfer.contract.units import human_bytes
+from nbinfer.contract.units import human_bytes, plain_number
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nbinfer.contract.keepalive import KeepAlive
+    from nbinfer.contract.memory import RequiredMemory
     from nbinfer.contract.rendering import Bundle
     from nbinfer.contract.requests import Message, Request
     from nbinfer.contract.results import Event
@@ -122,9 +123,9 @@ def prepare(prompt: str | None = None, **options: Any) -> Prepared:
     RequestError
         An option is unknown, contradictory or out of range.
     """
-    options |= _checked_params(options.pop("params", None))
+    _add_params(options, options.pop("params", None))
     _reject_unknown(options)
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {name: plain_number(value) for name, value in options.items() if value is not None}
     sampling = Sampling(**{name: options.pop(name) for name in _SAMPLING if name in options})
     constraint, schema, choices = _constraint(options)
     messages, raw_prompt = _conversation(prompt, options)
@@ -142,12 +143,18 @@ def prepare(prompt: str | None = None, **options: Any) -> Prepared:
     return Prepared(request, schema, choices)
 
 
-def _checked_params(params: Any) -> dict[str, Any]:
+def _add_params(options: dict[str, Any], params: Any) -> None:
+    """Add ``params`` to the options given by name."""
     if params is None:
-        return {}
+        return
     if not isinstance(params, Mapping):
         raise RequestError(f"params is {type(params).__name__}, not a dict of options.")
-    return dict(params)
+    for name, value in params.items():
+        if options.get(name) is not None and options[name] != value:
+            raise RequestError(
+                f"{name} is given twice: {options[name]!r:.60} by name, {value!r:.60} in params. Say which."
+            )
+        options[name] = value
 
 
 def _reject_unknown(options: Mapping[str, Any]) -> None:
@@ -374,8 +381,8 @@ class Model:
     """What was asked for; ``info.effective`` is what the engine uses."""
     path: Path | None = None
     paths: tuple[Path, ...] = ()
-    memory: Any = None
-    """The estimate made before the load, or None."""
+    estimated: Callable[[], Any] | None = field(default=None, repr=False)
+    """Makes the estimate; see ``memory``."""
     loaded_at: float = field(default_factory=time.time)
     load_seconds: float = 0.0
     keep_alive: KeepAlive | None = None
@@ -394,12 +401,21 @@ class Model:
 
         return weights_digest(self.paths) if self.paths else self.info.digest
 
+    @cached_property
+    def memory(self) -> Any:
+        """The estimate: made before the load in the kernel, when first looked at elsewhere; or None."""
+        return None if self.estimated is None else self.estimated()
+
     def keep(self, stay: KeepAlive | None) -> None:
         """Set how long the model stays while idle; None is until it is unloaded."""
         watched = self.keep_alive is not None and not self.keep_alive.never
         self.keep_alive = stay
         if stay is not None and not stay.never and not watched:
             threading.Thread(target=_unload_when_idle, args=(self,), name="nbinfer-idle", daemon=True).start()
+
+    def is_load_of(self, path: Path, mode: Mode, where: str, options: Mapping[str, Any]) -> bool:
+        """Whether a load with these settings would be this model."""
+        return (self.path, self.mode, self.where, dict(self.config)) == (path, mode, where, dict(options))
 
     def measured_memory(self) -> dict[str, dict[str, int]] | None:
         """What the engine itself says it holds: bytes of weights, context and compute by device; or None.
@@ -733,8 +749,7 @@ def load(
     from nbinfer import backends
     from nbinfer.models import resolve
 
-    if where not in ("kernel", "sidecar"):
-        raise ConfigError(f"where={where!r}: use 'kernel' or 'sidecar'.")
+    _check_place(where)
     from nbinfer.contract.keepalive import KeepAlive
 
     if backend is not None and backends.get(backend).uses_external_model_management:
@@ -752,31 +767,33 @@ def load(
         )
     stay = None if keep_alive is None else KeepAlive.parse(keep_alive)
     resolved = resolve(str(ref), aliases=session.aliases, confirm=None if force else _confirm_download)
-    asked_mode = None if mode is None else _mode(mode)
-    actual_mode = asked_mode or _natural_mode(resolved)
-    options = {
-        "context_size": context_size,
-        "gpu_layers": gpu_layers,
-        "kv_type": kv_type,
-        "parallel": parallel,
-        "speculative": None if speculative is None else _speculative(speculative),
+    actual_mode = _natural_mode(resolved) if mode is None else _mode(mode)
+    asked = _engine_options(
+        resolved,
+        actual_mode,
+        context_size=context_size,
+        gpu_layers=gpu_layers,
+        kv_type=kv_type,
+        parallel=parallel,
+        speculative=speculative,
         **backend_options,
-    }
-    asked = {key: value for key, value in options.items() if value is not None}
-    if resolved.projector is not None and actual_mode == Mode.COMPLETION:
-        asked.setdefault("projector", resolved.projector)
+    )
     with session.loading(name or resolved.name) as free_name:
         name = name or free_name(resolved.path)
         known = session.named(name)
-        key = (resolved.path, actual_mode, where, asked)
-        if known is not None and (known.path, known.mode, known.where, dict(known.config)) == key:
+        if known is not None and known.is_load_of(resolved.path, actual_mode, where, asked):
             # In the sidecar the time runs there, and only while nobody holds the model.
             if where == "kernel":
                 known.keep(stay)
             return known
         adapter = backends.for_format(resolved.format, backend)
-        # The sidecar knows its own room, and can make some.
-        estimate = _fits(resolved, actual_mode, asked, force=force or where == "sidecar", replacing=known)
+        estimated: Callable[[], Any]
+        if where == "kernel":
+            estimate = _fits(resolved, actual_mode, asked, force=force, replacing=known)
+            estimated = partial(_same, estimate)
+        else:
+            # The sidecar knows its own room, and can make some.
+            estimated = partial(_estimate, resolved, actual_mode, asked, exact=False)
         began = time.perf_counter()
         engine: Engine
         if where == "sidecar":
@@ -810,13 +827,130 @@ def load(
             config=asked,
             path=resolved.path,
             paths=resolved.paths,
-            memory=estimate,
+            estimated=estimated,
             load_seconds=time.perf_counter() - began,
         )
         session.add(model)
     if where == "kernel":
         model.keep(stay)
     return model
+
+
+def _check_place(where: str) -> None:
+    if where not in ("kernel", "sidecar"):
+        raise ConfigError(f"where={where!r}: use 'kernel' or 'sidecar'.")
+
+
+def _engine_options(resolved: Any, mode: Mode, **options: Any) -> dict[str, Any]:
+    """Return what is asked of the engine, without what is left open."""
+    if options.get("speculative") is not None:
+        options["speculative"] = _speculative(options["speculative"])
+    asked = {key: value for key, value in options.items() if value is not None}
+    if resolved.projector is not None and mode == Mode.COMPLETION:
+        asked.setdefault("projector", resolved.projector)
+    return asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadPlan:
+    """What a load would do; made by :func:`dry_run`.
+
+    ``loaded``: it is there already, and nothing would happen. ``unloads``: names of the models that would go
+    to make room, in that order, or that it would replace. ``required`` is in bytes, None where the file's
+    kind allows no estimate; ``fits`` says whether it would be loaded, and ``reason`` why not.
+    """
+
+    name: str
+    where: str
+    mode: Mode
+    loaded: bool
+    unloads: tuple[str, ...] = ()
+    required: RequiredMemory | None = None
+    fits: bool = True
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.loaded:
+            return f"{self.name} is loaded in the {self.where}: nothing would happen."
+        if not self.fits:
+            return f"{self.name} would not be loaded: {self.reason}"
+        size = "" if self.required is None else f" It needs {human_bytes(self.required.ram)} of RAM"
+        vram = 0 if self.required is None else self.required.total_vram
+        size += f" and {human_bytes(vram)} on GPUs." if vram else "." if size else ""
+        going = f" Unloaded for it: {', '.join(self.unloads)}." if self.unloads else " Nothing is unloaded."
+        return f"{self.name} would be loaded in the {self.where}.{size}{going}"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: FBT001 - IPython's way to call it
+        del cycle
+        printer.text(str(self))
+
+
+def dry_run(
+    ref: str | Path,
+    *,
+    backend: str | None = None,
+    where: str = "kernel",
+    mode: Mode | str | None = None,
+    name: str | None = None,
+    keep_alive: Any = None,
+    **options: Any,
+) -> LoadPlan:
+    """Say what :func:`load` would do with the same arguments: what fits, and which models would go.
+
+    Loads, unloads and downloads nothing, and starts no sidecar: where none runs, none of its models would go.
+
+    Raises
+    ------
+    ModelNotFound
+        No such file, model or alias, or it is not on this disk yet.
+    BackendUnavailable, ConfigError, GGUFParseError
+        As :func:`load`.
+    """
+    from nbinfer import backends
+    from nbinfer.models import resolve
+
+    _check_place(where)
+    if backend is not None and backends.get(backend).uses_external_model_management:
+        raise ConfigError(f"backend={backend!r} loads nothing: the server does.")
+    resolved = resolve(str(ref), aliases=session.aliases, download=False)
+    actual_mode = _natural_mode(resolved) if mode is None else _mode(mode)
+    force = bool(options.pop("force", False))
+    options.pop("progress", None)
+    asked = _engine_options(resolved, actual_mode, **options)
+    adapter = backends.for_format(resolved.format, backend)
+    chosen = name or resolved.name
+    known = session.named(chosen)
+    if name is None and known is not None and known.path != resolved.path:
+        known = None  # it would get a name of its own
+    said: dict[str, Any] = {"name": chosen, "where": where, "mode": actual_mode}
+    if known is not None and known.is_load_of(resolved.path, actual_mode, where, asked):
+        return LoadPlan(**said, loaded=True)
+    replaced = () if known is None else (known.name,)
+    if where == "sidecar":
+        from nbinfer.contract.config import ModelConfig
+        from nbinfer.contract.keepalive import KeepAlive
+        from nbinfer.sidecar.client import plan
+
+        stay = None if keep_alive is None else KeepAlive.parse(keep_alive)
+        try:
+            found = plan(
+                resolved.path,
+                name=chosen,
+                backend=adapter.name,
+                mode=actual_mode,
+                config=ModelConfig(keep_alive=stay),
+                options=asked,
+            )
+        except DoesNotFit as error:
+            return LoadPlan(**said, loaded=False, fits=False, reason=str(error))
+        going = (*replaced, *(each for each in found.unloads if each not in replaced))
+        return LoadPlan(**said, loaded=found.loaded, unloads=going, required=found.required)
+    made = _estimate(resolved, actual_mode, asked)
+    if made is None:
+        return LoadPlan(**said, loaded=False, unloads=replaced)
+    fits = force or made.verdict != "does not fit"
+    reason = "" if fits else _refusal(resolved.name, made)
+    return LoadPlan(**said, loaded=False, unloads=replaced, required=made.required, fits=fits, reason=reason)
 
 
 def _load_external(
@@ -940,20 +1074,6 @@ def _unload_when_idle(model: Model) -> None:
         time.sleep(min(1.0, max(stay.seconds / 4, 0.02)))
 
 
-_ESTIMATED = (
-    "context_size",
-    "parallel",
-    "kv_type",
-    "gpu_layers",
-    "flash_attention",
-    "batch_size",
-    "micro_batch",
-    "mmap",
-    "tensor_split",
-    "projector",
-)
-
-
 def _fits(
     resolved: Any, mode: Mode, asked: Mapping[str, Any], *, force: bool, replacing: Model | None = None
 ) -> Any:
@@ -966,26 +1086,38 @@ def _fits(
     DoesNotFit
         It needs more memory than there is, and ``force`` is not set.
     """
+    made = _estimate(resolved, mode, asked)
+    if made is None:
+        return None
+    if made.verdict == "does not fit" and replacing is not None:
+        replacing.unload()
+        made = _estimate(resolved, mode, asked)
+    if made.verdict == "does not fit" and not force:
+        raise DoesNotFit(_refusal(resolved.name, made))
+    return made
+
+
+def _estimate(resolved: Any, mode: Mode, asked: Mapping[str, Any], *, exact: bool | None = None) -> Any:
+    """Return the estimate of a load; None when the file's kind allows none."""
     if resolved.format != "gguf" or mode == Mode.IMAGE_GENERATION:
         return None
     from nbinfer.memory import CannotEstimate, estimate
+    from nbinfer.memory.defaults import ESTIMATED
 
-    options = {name: asked[name] for name in _ESTIMATED if name in asked}
+    options = {name: asked[name] for name in ESTIMATED if name in asked}
     speculative = asked.get("speculative")
     if speculative is not None:
         options["draft"] = speculative.draft_path
     if asked.get("exact"):
         options["parallel"] = 1
     try:
-        made = estimate(resolved.header, mode=mode, **options)
-        if made.verdict == "does not fit" and replacing is not None:
-            replacing.unload()
-            made = estimate(resolved.header, mode=mode, **options)
+        return estimate(resolved.header, mode=mode, exact=exact, **options)
     except CannotEstimate:
         return None
-    if made.verdict == "does not fit" and not force:
-        raise DoesNotFit(_refusal(resolved.name, made))
-    return made
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _refusal(name: str, made: Any) -> str:

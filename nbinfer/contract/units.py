@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from numbers import Integral, Real
+from typing import Any
 
 from nbinfer.contract.errors import ConfigError
 
@@ -39,3 +41,10 @@ def parse_bytes(size: str | float) -> int:
     number, unit, binary = found.groups()
     decimal = unit and not binary and size.strip()[-1] in "bB"
     return int(float(number) * (1000 if decimal else 1024) ** " kmgt".index(unit.lower() or " "))
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number of another type (NumPy's, say) as an int or float; anything else as it is."""
+    if isinstance(value, bool | int | float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)

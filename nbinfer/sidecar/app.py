@@ -524,7 +524,7 @@ async def _stream_body(  # noqa: C901 - one branch per kind of event
                         out.append(answer.progress(i, event))
                 elif isinstance(event, Delta):
                     out += answer.delta(i, event)
-                else:
+                elif isinstance(event, Finished | SchemaError):
                     result: Any = _cut_short(event) if isinstance(event, SchemaError) else event.result
                     results[i] = result
                     counters.note(path, result, time.perf_counter() - began)

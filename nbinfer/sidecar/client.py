@@ -8,9 +8,12 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nbinfer.contract.config import ModelConfig
 from nbinfer.contract.errors import EngineClosed, EngineError, NbinferError, NotSupported
+from nbinfer.contract.memory import RequiredMemory
 from nbinfer.engines.remote.wire import STOPPING, error_from_json, info_from_json
 from nbinfer.sidecar import discovery
 from nbinfer.sidecar.control import ControlError, EventStream, call
@@ -19,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from nbinfer.contract.config import ModelConfig
     from nbinfer.contract.modes import Mode
     from nbinfer.engines.protocol import EngineInfo
     from nbinfer.engines.remote.engine import RemoteEngine
@@ -201,6 +203,57 @@ def _plain(name: str, value: Any) -> Any:
     raise NotSupported(
         f"{name}={value!r:.60} cannot be sent to the sidecar: give a number, text, list or dict."
     )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a load in the sidecar would do.
+
+    Attributes
+    ----------
+    loaded
+        The model is loaded, or on its way.
+    unloads
+        Names of the models that would go, in order.
+    required
+        What it needs.
+    """
+
+    loaded: bool
+    unloads: tuple[str, ...]
+    required: RequiredMemory
+
+
+def plan(
+    path: Path,
+    *,
+    name: str,
+    backend: str,
+    mode: Mode,
+    config: ModelConfig,
+    options: Mapping[str, Any],
+) -> Plan:
+    """Say what a load in the sidecar would do; starts none.
+
+    Raises
+    ------
+    DoesNotFit
+        It would not fit whatever went.
+    NbinferError
+        An option is refused.
+    """
+    request = hold_request(path, name=name, backend=backend, mode=mode, config=config, options=options)
+    running = discovery.find()
+    if running is not None:
+        found = call(running.socket, "POST", "/nbinfer/plan", request, timeout=60)
+        required = RequiredMemory.from_json(found["needs"])
+        return Plan(bool(found["loaded"]), tuple(found["would_unload"]), required)
+    from nbinfer.sidecar.loader import Wanted, check_size
+    from nbinfer.sidecar.sizes import default_budget, runner_size
+
+    size = runner_size(path, mode, ModelConfig.from_json(request["config"]), request["options"])
+    check_size(Wanted(key=name, name=name, size=size), default_budget())
+    return Plan(loaded=False, unloads=(), required=size)
 
 
 def open_engine(

@@ -389,11 +389,7 @@ class Loader:
     def _check_possible(self, wanted: Wanted) -> None:
         if self.budget is None:
             return
-        if not wanted.size.fits(self.budget):
-            raise DoesNotFit(
-                f"{wanted.name} needs {_words(wanted.size)}; the sidecar may use {_words(self.budget)}.\n"
-                "Use a smaller context_size or quantisation, or start it with more: nbinfer serve --ram."
-            )
+        check_size(wanted, self.budget)
         pinned = [e for e in self._entries.values() if e.keep_alive.never and e.state != "unloading"]
         total = sum((entry.wanted.size for entry in pinned), RequiredMemory())
         if not (total + wanted.size).fits(self.budget):
@@ -479,6 +475,21 @@ class Loader:
         with self._changed:
             entry = self._entries.get(ticket.wanted.key)
             return ticket.progress if entry is None else entry.progress
+
+
+def check_size(wanted: Wanted, budget: RequiredMemory) -> None:
+    """Check that a model alone fits into a budget.
+
+    Raises
+    ------
+    DoesNotFit
+        It does not.
+    """
+    if not wanted.size.fits(budget):
+        raise DoesNotFit(
+            f"{wanted.name} needs {_words(wanted.size)}; the sidecar may use {_words(budget)}.\n"
+            "Use a smaller context_size or quantisation, or start it with more: nbinfer serve --ram."
+        )
 
 
 def _fail(ticket: Ticket, error: BaseException) -> None:

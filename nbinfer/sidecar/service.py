@@ -187,7 +187,7 @@ class SidecarService:
 
     # -- which model ------------------------------------------------------------------------------------
 
-    def wanted(self, given: dict[str, Any]) -> Wanted:
+    def wanted(self, given: dict[str, Any], *, remember: bool = True) -> Wanted:
         """Read what a kernel wants loaded, and remember its names.
 
         Raises
@@ -232,7 +232,7 @@ class SidecarService:
         )
         size = runner_size(real, mode, config, {**_flag_options(adapter, config), **options})
         made = Wanted(key=key, name=name, size=size, keep_alive=keep_alive, detail=recipe)
-        for each in (name, exact):
+        for each in (name, exact) if remember else ():
             self._names[each, mode] = made
         return made
 
@@ -266,11 +266,16 @@ class SidecarService:
 
         if name not in DEMO_MODELS:
             return None
-        fits = Mode.EMBEDDING if "embed" in name else Mode.COMPLETION
+        fits = {"demo-embed": Mode.EMBEDDING, "demo-image": Mode.IMAGE_GENERATION}.get(name, Mode.COMPLETION)
         if mode not in (None, fits):
             return None
         return self.wanted(
-            {"path": str(DEMO_MODELS[name]()), "name": name, "backend": "llamacpp", "mode": str(fits)}
+            {
+                "path": str(DEMO_MODELS[name]()),
+                "name": name,
+                "backend": "diffusers" if fits is Mode.IMAGE_GENERATION else "llamacpp",
+                "mode": str(fits),
+            }
         )
 
     # -- control routes ---------------------------------------------------------------------------------
@@ -322,9 +327,11 @@ class SidecarService:
         )
 
     async def _plan(self, request: Request) -> Response:
-        wanted = await asyncio.to_thread(self.wanted, await _json(request))
+        given = await _json(request)
+        wanted = await asyncio.to_thread(lambda: self.wanted(given, remember=False))
         going = [entry.wanted.name for entry in self.loader.plan(wanted)]
-        return SafeJSONResponse({"would_unload": going, "needs": wanted.size.to_json()})
+        there = self.loader.get(wanted.key) is not None
+        return SafeJSONResponse({"loaded": there, "would_unload": going, "needs": wanted.size.to_json()})
 
     async def _unload(self, request: Request) -> Response:
         """Unload by name. ``hold`` is let go first; ``unheld`` leaves the model to whoever else holds it."""

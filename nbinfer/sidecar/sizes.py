@@ -19,18 +19,6 @@ RUNNER_BYTES = 192 * 2**20
 RAM_SHARE = 0.9
 """Share of the memory free at the sidecar's start that its models may take; the rest is for others."""
 VRAM_SHARE = 0.95
-# The options that change what a model takes.
-_ESTIMATED = (
-    "parallel",
-    "kv_type",
-    "gpu_layers",
-    "flash_attention",
-    "batch_size",
-    "micro_batch",
-    "mmap",
-    "tensor_split",
-    "projector",
-)
 
 
 def default_budget() -> RequiredMemory:
@@ -63,11 +51,13 @@ def runner_size(path: Path, mode: Mode, config: ModelConfig, options: Mapping[st
     allows none, a bound from its size.
     """
     from nbinfer.memory import estimate
+    from nbinfer.memory.defaults import ESTIMATED
     from nbinfer.models import resolve
 
-    given = {name: options[name] for name in _ESTIMATED if options.get(name) is not None}
+    given = {name: options[name] for name in ESTIMATED if options.get(name) is not None}
     if config.context_size is not None:
-        given["context_size"] = config.context_size
+        # A flag comes before it, as where it is loaded.
+        given.setdefault("context_size", config.context_size)
     if config.speculative is not None and config.speculative.draft_model is not None:
         given["draft"] = config.speculative.draft_model
     try:

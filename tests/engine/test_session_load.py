@@ -165,3 +165,41 @@ def test_a_file_of_an_unknown_architecture_says_so(tmp_path: Path) -> None:
         nb.load(strange, threads=1)
     assert "xlama" in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 5
+
+
+def test_a_dry_run_says_what_a_load_would_do_and_does_nothing() -> None:
+    plan = nb.dry_run("demo", threads=1)
+    assert (plan.loaded, plan.unloads, plan.fits) == (False, (), True)
+    assert plan.required is not None
+    assert plan.required.ram > 2**20
+    assert nb.loaded() == []
+    model = nb.load("demo", threads=1)
+    assert nb.dry_run("demo", threads=1).loaded
+    other = nb.dry_run("demo", threads=1, context_size=512)
+    assert other.unloads == ("demo",)
+    assert "Unloaded for it: demo" in str(other)
+    assert nb.dry_run("demo", name="two", context_size=512).unloads == ()
+    assert nb.loaded() == [model]
+
+
+def test_a_dry_run_of_what_does_not_fit_says_why_and_what_would() -> None:
+    plan = nb.dry_run("demo", context_size=10**9)
+    assert not plan.fits
+    assert "force=True" in plan.reason
+    assert "would not be loaded" in str(plan)
+    assert nb.dry_run("demo", context_size=10**9, force=True).fits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("no-such-model",), ModelNotFound),
+        (("hf:someone/something",), ModelNotFound),
+        (("demo", "nowhere"), ConfigError),
+    ],
+)
+def test_a_dry_run_downloads_nothing_and_refuses_what_a_load_refuses(
+    arguments: tuple[str, ...], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        nb.dry_run(arguments[0], where=arguments[1] if arguments[1:] else "kernel")

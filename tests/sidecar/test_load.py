@@ -22,7 +22,7 @@ import pytest
 from support import sidecar as support
 
 from nbinfer import session
-from nbinfer.contract.errors import NbinferError
+from nbinfer.contract.errors import ModelNotFound, NbinferError
 from nbinfer.sidecar.control import call
 
 if TYPE_CHECKING:
@@ -190,3 +190,27 @@ def test_a_model_larger_than_the_budget_is_refused_with_numbers(runtime: Path) -
         process.wait(30)
         assert process.stdout is not None
         process.stdout.close()
+
+
+def test_a_dry_run_says_which_models_would_go(small: Sidecar) -> None:
+    for size in CONTEXTS[:2]:
+        session.load("demo", where="sidecar", name=f"m{size}", threads=1, context_size=size)
+    third = session.dry_run("demo", where="sidecar", name="third", threads=1, context_size=1024)
+    assert third.unloads == ("m256",), "the one unused for longest"
+    assert third.required is not None
+    assert not third.loaded
+    assert session.dry_run("demo", where="sidecar", name="m256", threads=1, context_size=256).loaded
+    large = session.dry_run("demo", where="sidecar", name="large", context_size=500_000)
+    assert not large.fits
+    assert "the sidecar may use" in large.reason
+    found = call(small.socket, "GET", "/nbinfer/ps")
+    assert [each["name"] for each in found["models"]] == ["m256", "m384"], "nothing happened"
+    with pytest.raises(ModelNotFound):
+        call(small.socket, "POST", "/v1/completions", {"model": "third", "prompt": "x"})
+
+
+def test_a_dry_run_starts_no_sidecar(runtime: Path) -> None:
+    plan = session.dry_run("demo", where="sidecar", context_size=512)
+    assert plan.required is not None
+    assert plan.unloads == ()
+    assert not (runtime / "sidecar.json").exists()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+import numpy as np
 import pytest
 from pydantic import BaseModel
 from support.fake_engine import HANG, FakeEngine
@@ -90,12 +91,24 @@ def test_options_reach_the_request() -> None:
     assert (request.stop, request.max_tokens, request.think) == (("END",), 9, False)
 
 
+def test_numpys_numbers_are_numbers() -> None:
+    found = sessions.prepare(
+        "Hi", temperature=np.float32(0.5), top_k=np.int64(3), seed=np.uint32(7), max_tokens=np.int16(9)
+    ).request
+    assert (found.sampling.temperature, found.sampling.top_k, found.sampling.seed, found.max_tokens) == (
+        *(0.5, 3, 7, 9),
+    )
+    # Plain ones: what was asked travels and is stored as JSON.
+    assert {type(v) for v in (found.sampling.temperature, found.sampling.seed)} == {float, int}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"tempature": 1}, "Did you mean temperature"),
         ({"params": {"nonsense": 1}}, "nonsense"),
         ({"params": 3}, "params"),
+        ({"temperature": 1, "params": {"temperature": 2}}, "temperature is given twice: 1 by name, 2"),
         ({"schema": City, "json": True}, "cannot be combined"),
         ({"choices": []}, "choices"),
         ({"choices": "abc"}, "choices"),

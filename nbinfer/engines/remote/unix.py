@@ -99,7 +99,7 @@ class _Connection:
             if not isinstance(event, h11.InformationalResponse):
                 raise BrokenConnectionError("the connection was closed without an answer")
 
-    async def next_event(self) -> h11.Event | type[h11.PAUSED]:
+    async def next_event(self) -> object:
         try:
             while (event := self._http.next_event()) is h11.NEED_DATA:
                 self._http.receive_data(await self._reader.read(_READ_BYTES))
