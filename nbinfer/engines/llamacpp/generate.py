@@ -45,10 +45,12 @@ from nbinfer.contract.results import (
     Usage,
 )
 from nbinfer.engines.alive import closed_on_error, register
+from nbinfer.engines.asked import result_params
+from nbinfer.engines.images import has_images
 from nbinfer.engines.llamacpp.adapters import Adapters
 from nbinfer.engines.llamacpp.constrain import Constrainer
 from nbinfer.engines.llamacpp.context import ABORTED, NO_SPACE, OK, Context, engine_version
-from nbinfer.engines.llamacpp.media import has_images, take_images
+from nbinfer.engines.llamacpp.media import take_images
 from nbinfer.engines.llamacpp.sampling import Sampler, logprob_of
 from nbinfer.engines.llamacpp.sequence import Scores, Sequence, Slot, common_prefix, youth
 from nbinfer.engines.plaintext import SEAM, defused_message
@@ -940,19 +942,6 @@ class CompletionEngine:
             logprobs=tuple(sequence.logprobs) if request.logprobs is not None else None,
             model=self._name,
             prompt=sequence.prompt_text,
-            params=self._params(sequence),
+            params=result_params(request, seed=sequence.seed, adapter=sequence.adapter),
             messages=request.messages,
         )
-
-    def _params(self, sequence: Sequence) -> dict[str, Any]:
-        request, sampling = sequence.request, sequence.request.sampling
-        params: dict[str, Any] = {"temperature": sampling.temperature, "seed": sequence.seed}
-        if sequence.adapter is not None:
-            params["adapter"] = sequence.adapter
-        if sampling.temperature > 0:
-            params |= {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
-        if request.max_tokens is not None:
-            params["max_tokens"] = request.max_tokens
-        if request.stop:
-            params["stop"] = list(request.stop)
-        return params

@@ -6,11 +6,8 @@ is cut into pieces of text and images; the engine's thread feeds them to the con
 
 from __future__ import annotations
 
-import base64
-import binascii
 import ctypes
 import weakref
-from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cache
 from itertools import count
@@ -19,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbinfer.contract.errors import BackendUnavailable, ModelLoadError, NotSupported, RequestError
+from nbinfer.engines.images import image_bytes
 from nbinfer.engines.llamacpp.library import LOG, library, log_callback
 
 if TYPE_CHECKING:
@@ -183,16 +181,6 @@ def take_images(request: CompletionRequest) -> tuple[tuple[Message, ...], list[b
     return tuple(messages), images
 
 
-def has_images(request: CompletionRequest) -> bool:
-    """Whether a request brings images, beside its text or inside a message."""
-    return bool(request.images) or any(
-        isinstance(part, Mapping) and part.get("type") == "image_url"
-        for message in request.messages or ()
-        if not isinstance(message.get("content"), str)
-        for part in message.get("content") or ()
-    )
-
-
 def _with_markers(message: Message, images: list[bytes]) -> dict[str, Any]:
     content = message.get("content")
     # A marker that somebody typed is text like any other.
@@ -201,20 +189,8 @@ def _with_markers(message: Message, images: list[bytes]) -> dict[str, Any]:
     texts = []
     for part in content:
         if part.get("type") == "image_url":
-            images.append(_decode(part["image_url"]["url"]))
+            images.append(image_bytes(part["image_url"]["url"]))
             texts.append(MARKER)
         else:
             texts.append(str(part.get("text", "")).replace(MARKER, ""))
     return {**message, "content": "\n".join(texts)}
-
-
-def _decode(url: str) -> bytes:
-    head, _, data = url.partition(",")
-    if not (head.startswith("data:image/") and head.endswith(";base64")):
-        raise RequestError(
-            f"an image must be a data: URL, got {url[:40]!r}: nothing is fetched from the network."
-        )
-    try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error as e:
-        raise RequestError(f"an image's data: URL is not valid base64: {e}") from e
