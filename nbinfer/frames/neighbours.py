@@ -112,6 +112,26 @@ def neighbours(
     return _matched(*sides, k=k, metric=metric, min_score=min_score, by=None, model=model, progress=progress)
 
 
+def both_sides(
+    data: Any, *, on: Any, query: Any, model: Any
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None, Table]:
+    """Return a corpus' vectors, those of a query as :func:`similar` would compare them, and the corpus' rows.
+
+    Raises
+    ------
+    RequestError
+        As :func:`similar`.
+    """
+    right = _side(data, on, "corpus")
+    corpus, made = _vectors(right, None, model=model, progress=False, what="corpus")
+    if query is None:
+        return corpus, None, right.table
+    left = _side(query, on, "query")
+    asked, asked_made = _vectors(left, made, model=model, progress=False, what="query")
+    _same_space(asked, corpus, asked_made, made)
+    return corpus, asked, right.table
+
+
 def _check(k: int, metric: str) -> None:
     choice("metric", metric, ("cosine", "dot", "euclidean"))
     if isinstance(k, bool) or k < 1:

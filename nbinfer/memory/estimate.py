@@ -6,6 +6,7 @@ child process that plans the load and allocates nothing.
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -192,7 +193,19 @@ class Estimate:
         return advise(self) if self.verdict == "does not fit" else ()
 
     def again(self, **changes: Any) -> Estimate:
-        """Estimate the same model with some options changed."""
+        """Estimate the same model with some options changed.
+
+        Raises
+        ------
+        ConfigError
+            :func:`estimate` has no such option.
+        """
+        for name in changes:
+            if name not in self.options:
+                near = difflib.get_close_matches(name, self.options, n=1)
+                hint = f" Did you mean {near[0]}?" if near else ""
+                known = ", ".join(sorted(self.options))
+                raise ConfigError(f"nb.estimate has no option {name!r}.{hint}\nOptions: {known}.")
         return _estimate(self.header, self.model, {**self.options, **changes}, self.machine)
 
     def to_frame(self) -> pd.DataFrame:
