@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nbinfer.widgets.watched import Watched
 
 _STATIC = Path(__file__).parent / "static"
+_CLOSED = "This widget is closed: the cell that made it makes a new one"
 
 
 class View(anywidget.AnyWidget):
@@ -55,6 +56,8 @@ class View(anywidget.AnyWidget):
         self.watched.do(content)
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
+        if self.comm is None:
+            return snapshot(self.kind, self.watched.state.parts(), hint=_CLOSED)
         bundle = super()._repr_mimebundle_(**options)
         still, _ = snapshot(self.kind, self.watched.state.parts())
         data, metadata = bundle or ({}, {})
@@ -73,3 +76,5 @@ class View(anywidget.AnyWidget):
             # ipywidgets leaves it, and its channel, behind.
             self.layout.close()
         super().close()
+        # ipywidgets takes the picture away too.
+        self.__dict__.pop("_repr_mimebundle_", None)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _BLOCKED_AFTER = 1.5
 """Seconds without a turn of the kernel's event loop after which a cell is said to hold it."""
+_QUIET_SECONDS = 150.0
+"""After which a view that has not spoken is gone; a page speaks twice a minute, once when it is hidden."""
 _BLOCKED = "A cell is running. Buttons act when it ends; to stop it now, interrupt the kernel (■)."
 
 
@@ -67,6 +69,9 @@ class Watched:
         Says when to look.
     pulse
         Whether the kernel hears its buttons.
+    quiet_seconds
+        How long a view may be silent before it is taken for closed: a page that is shut, or a connection that
+        breaks, says nothing.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class Watched:
         *,
         monitor: Monitor = MONITOR,
         pulse: Pulse | None = None,
+        quiet_seconds: float = _QUIET_SECONDS,
     ) -> None:
         self.state = State({"kernel": EMPTY["kernel"], **parts})
         self._look = look
@@ -83,28 +89,38 @@ class Watched:
         self._pulse = pulse or Pulse.here()
         self._quick = Lane("nbinfer-widget")
         self._lock = threading.Lock()
-        self._views = 0
+        self._quiet_seconds = quiet_seconds
+        self._views: dict[str, float] = {}
+        self._deaf_at = 0.0
         self._end_watch: Callable[[], None] | None = None
         self.closed = False
 
     def do(self, command: Mapping[str, Any]) -> None:
-        """Take a command of the page: ``{"do": "open"}`` and ``"close"`` are about a view of the widget.
+        """Take a command of the page.
 
-        Returns at once, on whatever thread it is called. A number ``n`` comes back as ``kernel.ack``.
+        ``{"do": "open", "view": …}`` says that a view is there, and from time to time that it still is;
+        ``"close"`` that it is not. Returns at once, on whatever thread it is called. A number ``n`` comes back
+        as ``kernel.ack``.
         """
         number = command.get("n")
         if isinstance(number, int):
             self._quick.put(lambda: self.state.change("kernel", ack=number))
+        view = str(command.get("view", ""))
         if command.get("do") == "open":
-            self._opened(+1)
+            with self._lock:
+                self._views[view] = time.monotonic()
+            self._watch_while_seen()
         elif command.get("do") == "close":
-            self._opened(-1)
+            with self._lock:
+                self._views.pop(view, None)
+            self._watch_while_seen()
 
     def look(self) -> None:
         """Look once."""
         if self.closed:
             return
         blocked = self._pulse.blocked()
+        self._forget_silent(blocked=blocked)
         # Each look is a beat: a page that hears none knows that the kernel is gone.
         beat = self.state["kernel"]["beat"] + 1
         self.state.change("kernel", beat=beat, blocked=blocked, text=_BLOCKED if blocked else "")
@@ -119,10 +135,24 @@ class Watched:
             end()
         self._quick.close()
 
-    def _opened(self, by: int) -> None:
+    def _forget_silent(self, *, blocked: bool) -> None:
+        now = time.monotonic()
+        if blocked:  # what the views say now is heard when the cell ends
+            self._deaf_at = now
+        with self._lock:
+            silent = [
+                view
+                for view, heard in self._views.items()
+                if now - max(heard, self._deaf_at) > self._quiet_seconds
+            ]
+            for view in silent:
+                del self._views[view]
+        if silent:
+            self._watch_while_seen()
+
+    def _watch_while_seen(self) -> None:
         end = None
         with self._lock:
-            self._views = max(0, self._views + by)
             if not self._views or self.closed:
                 end, self._end_watch = self._end_watch, None
             elif self._end_watch is None:

@@ -19,7 +19,7 @@ from nbinfer.widgets import looks
 from nbinfer.widgets.badge import watch
 from nbinfer.widgets.controller import Controller
 from nbinfer.widgets.ticks import Monitor
-from nbinfer.widgets.watched import Pulse
+from nbinfer.widgets.watched import Pulse, Watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -241,20 +241,40 @@ def test_a_run_over_rows_is_one_row_and_is_stopped_as_one(
 
 def test_it_looks_only_while_a_view_is_open(panel: Controller) -> None:
     monitor = panel._monitor
-    panel.do({"do": "open"})
-    panel.do({"do": "open"})
+    for view in "aba":  # each says again that it is there
+        panel.do({"do": "open", "view": view})
     _until(panel, lambda state: state["kernel"]["beat"] > 2)
-    panel.do({"do": "close"})
+    panel.do({"do": "close", "view": "a"})
     assert monitor._watchers
-    panel.do({"do": "close"})
+    panel.do({"do": "close", "view": "b"})
     assert not monitor._watchers
-    panel.do({"do": "close"})  # one too many, of a page that was reloaded
-    panel.do({"do": "open"})
+    panel.do({"do": "close", "view": "b"})  # one too many, of a page that was reloaded
+    panel.do({"do": "open", "view": "c"})
     assert monitor._watchers
     panel.close()
     assert not monitor._watchers
-    panel.do({"do": "open"})
+    panel.do({"do": "open", "view": "c"})
     assert not monitor._watchers
+
+
+def test_a_view_that_vanished_is_forgotten_but_not_while_a_cell_keeps_the_kernel_deaf() -> None:
+    # A notebook that is shut in JupyterLab can send nothing any more.
+    loop = asyncio.new_event_loop()
+    pulse = Pulse(loop)
+    watched = Watched({}, dict, monitor=Monitor(60), pulse=pulse, quiet_seconds=0)
+    monitor = watched._monitor
+    watched.do({"do": "open", "view": "a"})
+    pulse._asked = -1e9  # the loop owes an answer for long
+    watched.look()
+    assert monitor._watchers
+    loop.run_until_complete(asyncio.sleep(0))
+    pulse._answered()
+    watched.look()
+    assert not monitor._watchers
+    watched.do({"do": "open", "view": "a"})  # it was only asleep
+    assert monitor._watchers
+    watched.close()
+    loop.close()
 
 
 def test_a_closed_panel_leaves_no_thread(panel: Controller, planner: FakePlanner) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,7 @@ def test_the_words_of_the_panel_are_all_in_its_text(panel: Controller) -> None:
 def test_the_html_says_the_same_as_the_text(panel: Controller) -> None:
     _plan(panel)
     data = snapshot("panel", panel.state.parts())[0]
-    shown = re.sub(r"<style>.*?</style>|<[^>]+>", " ", data["text/html"]).split()
+    shown = html.unescape(re.sub(r"<style>.*?</style>|<[^>]+>", " ", data["text/html"])).split()
     bars = re.sub("[█░]", "", data["text/plain"]).split()
     assert shown == bars
 
@@ -105,6 +106,10 @@ def test_a_widget_brings_its_snapshot_and_no_text_of_objects(panel: Controller) 
         assert "object at 0x" not in data["text/plain"]
     finally:
         shown.close()
+    # Shown again after its end it is a picture that says so.
+    data, _ = shown._repr_mimebundle_()
+    assert set(data) == {"text/html", "text/plain"}
+    assert "This widget is closed" in data["text/html"]
 
 
 @pytest.mark.parametrize("kind", ["html", "markdown"])

@@ -3,6 +3,7 @@
 
 const NO_WORD_MS = 5000; // without a beat of the kernel, it is gone
 const NO_ACK_MS = 700; // without an answer to a press, the kernel is busy
+const HERE_MS = 30000; // how often a view says that it is still there
 let ids = 0;
 
 const uid = (name) => `nbinfer-${name}-${++ids}`;
@@ -101,7 +102,13 @@ function bar() {
 // -- what talks to the kernel ---------------------------------------------------------------------------
 
 function connection(model, root) {
-  let n = 0, sent = 0, acked = true, lastBeat = Date.now(), alive = true;
+  let n = 0, sent = 0, acked = true, lastBeat = Date.now(), alive = true, said = 0;
+  const view = Math.random().toString(36).slice(2);
+  const send = (command) => {
+    try { model.send(command); } catch { /* the kernel is gone; the status line says so */ }
+  };
+  const here = () => { said = Date.now(); send({ do: "open", view }); };
+  const gone = () => send({ do: "close", view });
   const listeners = [];
   const tell = () => listeners.forEach((listener) => listener());
   const link = {
@@ -117,7 +124,7 @@ function connection(model, root) {
     send(command) {
       sent = Date.now();
       acked = false;
-      model.send({ ...command, n: ++n });
+      send({ ...command, n: ++n });
     },
   };
   const onKernel = () => {
@@ -130,14 +137,20 @@ function connection(model, root) {
   n = model.get("kernel").ack; // another view may have counted already
   const timer = setInterval(() => {
     if (alive && Date.now() - lastBeat > NO_WORD_MS) alive = false;
+    // The kernel forgets a view that is silent, as that of a machine that slept: then it is told at once.
+    if (Date.now() - said > (alive ? HERE_MS : NO_WORD_MS)) here();
     set(root, "data-alive", alive);
     tell();
   }, 500);
-  model.send({ do: "open" });
+  addEventListener("pagehide", gone);
+  addEventListener("pageshow", here);
+  here();
   link.close = () => {
     clearInterval(timer);
+    removeEventListener("pagehide", gone);
+    removeEventListener("pageshow", here);
     model.off("change:kernel", onKernel);
-    model.send({ do: "close" });
+    gone();
   };
   return link;
 }
