@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from nbinfer.contract.requests import (
     Sampling,
 )
 from nbinfer.contract.results import Delta, Finished, Result
+from nbinfer.contract.settings import configured, configured_aliases
 from nbinfer.contract.units import human_bytes, plain_number
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from nbinfer.contract.schemas import Schema
     from nbinfer.engines.protocol import Engine, EngineInfo
     from nbinfer.engines.stream import Stream
+    from nbinfer.request_log import Entry, History
     from nbinfer.models import FoundModel, ResolvedModel
     from nbinfer.models.hub import RemoteModel
 
@@ -264,6 +266,7 @@ class TextStream:
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._result: Result | None = None
+        self._recorded = False
         # Nobody can read an answer whose stream is gone: it need not be finished.
         weakref.finalize(self, stream.cancel)
 
@@ -273,6 +276,9 @@ class TextStream:
             try:
                 for event in self._stream:
                     yield self._note(event)
+            except BaseException as error:
+                self._record(self.partial(), error)
+                raise
             finally:
                 if not self._stream.done:
                     self._stream.cancel()
@@ -287,6 +293,9 @@ class TextStream:
         try:
             async for event in self._stream:
                 yield self._note(event)
+        except BaseException as error:
+            self._record(self.partial(), error)
+            raise
         finally:
             if not self._stream.done:
                 self._stream.cancel()
@@ -300,9 +309,21 @@ class TextStream:
         if isinstance(event, Delta):
             (self._reasoning if event.reasoning else self._text).append(event.text)
         elif isinstance(event, Finished):
-            self._result = self._model._finished(cast("Result", event.result), self._prepared)  # noqa: SLF001 - one room
+            self._result = self._whole(cast("Result", event.result))
             return Finished(self._result)
         return event
+
+    def _whole(self, result: Result) -> Result:
+        """Return the result as its reader gets it, the typed value read."""
+        result = self._model._adopt(result)  # noqa: SLF001 - one room
+        self._record(result)
+        return self._prepared.read(result)
+
+    def _record(self, result: Result, error: BaseException | None = None) -> None:
+        """Write the request down, once, when the notebook asked for that."""
+        if session.history is not None and not self._recorded:
+            self._recorded = True
+            session.history.add(_entry(self._model, self._prepared.request, result, error))
 
     def cancel(self) -> None:
         """Stop generating; the result is then ``interrupted``."""
@@ -315,7 +336,7 @@ class TextStream:
                 del event
         if self._result is None:
             # The events were read to the end elsewhere, or the loop over them was left.
-            self._result = self._model._finished(self._stream.result(), self._prepared)  # noqa: SLF001 - one room
+            self._result = self._whole(self._stream.result())
         return self._result
 
     def partial(self) -> Result:
@@ -494,9 +515,6 @@ class Model:
     def _adopt(self, result: Result) -> Result:
         return result.with_changes(model=self.name, continue_with=self.infer)
 
-    def _finished(self, result: Result, prepared: Prepared) -> Result:
-        return prepared.read(self._adopt(result))
-
 
 @short_interrupt("the request was stopped.")
 def _wait(stream: Stream) -> Any:
@@ -510,11 +528,33 @@ def _wait(stream: Stream) -> Any:
 # -- the session ----------------------------------------------------------------------------------------
 
 
-@dataclass
 class Settings:
-    """What a notebook can set once: ``model`` is the default of cells and calls that name none."""
+    """What a notebook can set once: ``model`` is the default of cells and calls that name none.
 
-    model: str | None = None
+    Until it is set here, it is what the environment or a configuration file says
+    (:mod:`nbinfer.contract.settings`); None goes back to that.
+    """
+
+    def __init__(self) -> None:
+        self._model: str | None = None
+
+    @property
+    def explicit(self) -> str | None:
+        """The name that was set here, if one was."""
+        return self._model
+
+    @property
+    def model(self) -> str | None:
+        """The default model's name."""
+        name: str | None = self._model if self._model is not None else configured("model").value
+        return name
+
+    @model.setter
+    def model(self, name: str | None) -> None:
+        self._model = name
+
+    def __repr__(self) -> str:
+        return f"<Settings model={self.model!r}>"
 
 
 @dataclass(frozen=True, eq=False)
@@ -560,7 +600,16 @@ class Session:
         self._running: weakref.WeakKeyDictionary[Stream, Running] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self._loading: dict[str, threading.RLock] = {}
-        self.aliases: dict[str, str] = {}
+        self._aliases: dict[str, str] | None = None
+        self.history: History | None = None
+        """Where requests are recorded; None: nowhere."""
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Short names of models, to be changed at will; at first those of the configuration files."""
+        if self._aliases is None:
+            self._aliases = configured_aliases()
+        return self._aliases
 
     def models(self) -> list[Model]:
         """Loaded models, oldest first."""
@@ -1132,6 +1181,104 @@ def _refusal(name: str, made: Any) -> str:
     return "\n".join(lines)
 
 
+# -- the log of requests --------------------------------------------------------------------------------
+
+
+def history(
+    record: bool | None = None,  # noqa: FBT001 - the one thing that it switches
+    *,
+    path: str | Path | None = None,
+    limit: int | None = None,
+) -> History:
+    """Return the log of requests; or begin, or stop, to write it.
+
+    Nothing is written before ``record=True``, and then only what this kernel asks: cells, :func:`infer`,
+    :func:`stream`, chats. Rows of a DataFrame are not in it; they have a journal of their own. The log
+    keeps the exact prompt, the parameters with the seed, the engine and the digest of the weights, so that
+    ``nb.history().replay(number)`` asks the same again. Only its user can read the file; ``.clear()``
+    removes it.
+
+    Parameters
+    ----------
+    record
+        True begins to record, False stops; None changes nothing.
+    path
+        Another file than the usual one in the user's folder for the state of programs.
+    limit
+        Requests that are kept, 1,000 unless it says otherwise; the oldest go.
+
+    Raises
+    ------
+    ConfigError
+        ``limit`` is not a number of requests.
+    """
+    from nbinfer.request_log import LIMIT, History, default_path
+
+    now = session.history
+    file = Path(path).expanduser() if path is not None else now.path if now is not None else default_path()
+    kept = limit if limit is not None else now.limit if now is not None else LIMIT
+    recording = now is not None if record is None else bool(record)
+    found = History(file, limit=kept, ask=_ask_again, recording=recording)
+    if record is not None:
+        session.history = found if record else None
+    return found
+
+
+def _entry(model: Model, request: CompletionRequest, result: Result, error: BaseException | None) -> Entry:
+    from nbinfer.contract.errors import NbinferError
+    from nbinfer.request_log import Entry, now
+
+    cut = getattr(error, "result", None)
+    result = cut if isinstance(cut, Result) else result
+    prompt, failed = result.prompt, isinstance(error, Exception)
+    if not prompt:
+        # An answer that was stopped or refused does not bring its prompt along.
+        with suppress(NbinferError):
+            prompt = model.engine.render(request)[0]
+    version = model.info.version
+    return Entry(
+        at=now(),
+        model=model.name,
+        ref=model.ref,
+        where=model.where,
+        engine=f"{model.backend} {version}".strip(),
+        digest=model.digest,
+        request=request,
+        prompt=prompt,
+        params=result.params or {"seed": request.sampling.seed},
+        text=result.text,
+        reasoning=result.reasoning,
+        finish_reason="error" if failed and cut is None else result.finish_reason,
+        tool_calls=result.tool_calls,
+        usage=dataclasses.asdict(result.usage),
+        timings=dataclasses.asdict(result.timings),
+        error=str(error) if failed else None,
+    )
+
+
+def _ask_again(entry: Entry, model: Model | str | None) -> Result:
+    """Ask what an entry asked; see :meth:`nbinfer.request_log.History.replay`."""
+    chosen = get(model) if model is not None else session.find(entry.model)
+    if chosen is None:
+        raise ModelNotFound(
+            f"{entry.model} is not loaded. {_loaded_words(loaded())}\n"
+            f"Load it with nb.load({entry.ref!r}), or ask another: replay({entry.number}, model=…)."
+        )
+    if model is None and entry.digest and chosen.digest != entry.digest:
+        raise RequestError(
+            f"{chosen.name} has other weights ({chosen.digest[:12]}) than those that answered "
+            f"({entry.digest[:12]}).\nTo ask it all the same: replay({entry.number}, model={chosen.name!r})."
+        )
+    request, schema, choices = entry.again(), None, None
+    if request.constraint is not None and request.constraint.kind == "json_schema":
+        from nbinfer.contract.schemas import Schema
+
+        schema = Schema(request.constraint.value)
+    elif request.constraint is not None and request.constraint.kind == "choices":
+        choices = tuple(request.constraint.value)
+    return TextStream(chosen.submit(request), Prepared(request, schema, choices), chosen).result()
+
+
 def unload(model: Model | str | None = None) -> None:
     """Unload a model by handle or name; None unloads all.
 
@@ -1333,7 +1480,7 @@ def doctor() -> pd.DataFrame:
     from nbinfer.sidecar.commands import checkup
     from nbinfer.tables import table
 
-    rows = [*_versions(), *_devices()]
+    rows = [*_versions(), *_devices(), _configuration()]
     for backend in status().itertuples(index=False):
         detail = ": ".join(filter(None, (str(backend.detail), str(backend.install))))
         rows.append({"what": f"backend {backend.backend}", "status": str(backend.status), "detail": detail})
@@ -1358,6 +1505,18 @@ def _versions() -> Iterator[dict[str, str]]:
             yield {"what": package, "status": "ok", "detail": version(package)}
         except PackageNotFoundError:
             yield {"what": package, "status": "missing", "detail": ""}
+
+
+def _configuration() -> dict[str, str]:
+    from nbinfer.contract.settings import SETTINGS, sources
+
+    try:
+        for setting in SETTINGS:
+            configured(setting.name)
+        detail = "; ".join(sources()) or "defaults"
+    except ConfigError as error:
+        return {"what": "settings", "status": "error", "detail": str(error)}
+    return {"what": "settings", "status": "ok", "detail": detail}
 
 
 def _devices() -> Iterator[dict[str, str]]:

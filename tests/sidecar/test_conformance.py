@@ -28,6 +28,7 @@ from nbinfer.sidecar import discovery
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from support.sidecar import Sidecar
 
@@ -312,6 +313,22 @@ def test_tool_calls_come_back_as_calls(model: Model) -> None:
 def test_what_is_not_allowed_is_refused_before_it_is_sent(model: Model) -> None:
     with pytest.raises(RequestError, match="temperature"):
         model.infer("x", temperature=9)
+
+
+def test_a_recorded_request_asked_again_gives_the_same_text(model: Model, tmp_path: Path) -> None:
+    log = session.history(record=True, path=tmp_path / "history.sqlite")
+    try:
+        first = model.infer("Tell me a story.", temperature=1.2, max_tokens=12)
+        assert log.replay().text == first.text
+    finally:
+        session.history(record=False)
+    entry = log[1]
+    assert entry.params["seed"] == first.params["seed"]
+    assert entry.where == model.where
+    if model.where != "server":
+        assert entry.prompt == first.prompt
+        assert "<|im_start|>user\nTell me a story." in entry.prompt
+        assert entry.digest == session.get("demo-kernel").digest
 
 
 def test_after_the_unload_requests_say_so(served: Sidecar, shared: Sidecar) -> None:
