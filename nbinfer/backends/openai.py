@@ -17,11 +17,13 @@ from nbinfer.contract.modes import Mode
 from nbinfer.contract.status import BackendStatus, StatusWord
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from nbinfer.backends.process import RunControl
     from nbinfer.contract.config import ModelConfig
     from nbinfer.engines.protocol import Engine
+    from nbinfer.engines.remote.engine import Endpoint
 
 INSTALL = "pip install 'nbinfer[sidecar]'"
 BASE_URL = "OPENAI_BASE_URL"
@@ -114,31 +116,17 @@ class OpenAIBackend:
             )
         if mode is Mode.IMAGE_GENERATION:
             raise NotSupported("openai serves completion, embedding and reranking here; not images.")
-        base_url = base_url or os.environ.get(BASE_URL) or ("http://localhost/v1" if socket else None)
-        if base_url is None:
-            raise ConfigError(
-                "openai needs the server's address, such as "
-                'load(…, backend="openai", base_url="http://127.0.0.1:8080/v1").'
-            )
-        if not base_url.startswith(("http://", "https://")):
-            raise ConfigError(f"base_url={base_url!r:.80} is refused: it begins with http:// or https://.")
         from nbinfer.engines.protocol import EngineInfo
-        from nbinfer.engines.remote.engine import Endpoint, RemoteEngine
+        from nbinfer.engines.remote.engine import RemoteEngine
 
-        endpoint = Endpoint(
-            base_url=base_url.rstrip("/"),
-            # A path's own text: a model's name may hold slashes, and has no backslashes to lose.
-            model=path.as_posix(),
-            api_key=api_key or os.environ.get(API_KEY) or "none",
-            socket=socket,
-        )
+        # A path's own text: a model's name may hold slashes, and has no backslashes to lose.
+        endpoint = endpoint_of(path.as_posix(), base_url=base_url, api_key=api_key, socket=socket)
         listed = _listed(endpoint) if check else {}
         info = EngineInfo(
             backend=self.name,
             model=name or endpoint.model,
             mode=mode,
-            # What each kind of server calls it; 0 is: it does not say.
-            context_size=_number(listed, "max_model_len") or _number(listed.get("meta"), "n_ctx") or 0,
+            context_size=context_of(listed),
             trained_context_size=_number(listed.get("meta"), "n_ctx_train"),
             effective={"base_url": endpoint.base_url, "model": endpoint.model},
         )
@@ -167,6 +155,39 @@ class OpenAIBackend:
     def disk_usage(self) -> int:
         """Return 0: the models belong to the server."""
         return 0
+
+
+def endpoint_of(
+    model: str, *, base_url: str | None = None, api_key: str | None = None, socket: str | None = None
+) -> Endpoint:
+    """Return where a model is, with what the environment says where nothing is given.
+
+    Raises
+    ------
+    ConfigError
+        No address is given, or one of another kind.
+    """
+    from nbinfer.engines.remote.engine import Endpoint
+
+    base_url = base_url or os.environ.get(BASE_URL) or ("http://localhost/v1" if socket else None)
+    if base_url is None:
+        raise ConfigError(
+            "openai needs the server's address, such as "
+            'load(…, backend="openai", base_url="http://127.0.0.1:8080/v1").'
+        )
+    if not base_url.startswith(("http://", "https://")):
+        raise ConfigError(f"base_url={base_url!r:.80} is refused: it begins with http:// or https://.")
+    return Endpoint(
+        base_url=base_url.rstrip("/"),
+        model=model,
+        api_key=api_key or os.environ.get(API_KEY) or "none",
+        socket=socket,
+    )
+
+
+def context_of(listed: Mapping[str, Any]) -> int:
+    """Return the context that a server's list of models names, as each kind of server calls it; 0: none."""
+    return _number(listed, "max_model_len") or _number(listed.get("meta"), "n_ctx") or 0
 
 
 def _number(found: Any, key: str) -> int | None:

@@ -16,7 +16,7 @@ import numpy as np
 from nbinfer.contract.errors import EngineError, NotSupported, RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import ScoreRequest
-from nbinfer.frames.operators import beside_names, completion_work, finish, resolve
+from nbinfer.frames.operators import beside_names, completion_work, finish, placed, resolve
 from nbinfer.frames.outcomes import Record
 from nbinfer.frames.progress import make_sink
 from nbinfer.frames.prompts import make_prompt
@@ -171,6 +171,8 @@ def classify(
     method: Method | None = None,
     name: str = "label",
     model: Any = None,
+    client: Any = None,
+    endpoints: Any = None,
     cache: CacheMode = True,
     on_error: OnError = "null",
     nulls: Nulls = "skip",
@@ -201,7 +203,7 @@ def classify(
         probabilities; None: the first, where the engine can.
     name
         The labels' column.
-    data, on, model, cache, on_error, nulls, too_long, keep, progress, **options
+    data, on, model, client, endpoints, cache, on_error, nulls, too_long, keep, progress, **options
         As for :func:`complete`; options are ``system``, ``raw``, ``think``.
 
     Returns
@@ -222,7 +224,7 @@ def classify(
         "probs": probs,
         "threshold": threshold,
         "name": name,
-        "model": model,
+        "model": placed(model, client, endpoints),
         "cache": cache,
         "on_error": on_error,
         "nulls": nulls,
@@ -458,6 +460,8 @@ def filter(  # noqa: A001 - the operator's common name; the built-in is not used
     mask: bool = False,
     name: str = "p",
     model: Any = None,
+    client: Any = None,
+    endpoints: Any = None,
     cache: CacheMode = True,
     on_error: OnError = "null",
     nulls: Nulls = "skip",
@@ -481,7 +485,7 @@ def filter(  # noqa: A001 - the operator's common name; the built-in is not used
         Return the decisions instead: one boolean per row, null without an answer.
     name
         The column of the probability, float32, that a frame gets.
-    data, on, model, cache, on_error, nulls, too_long, progress, **options
+    data, on, model, client, endpoints, cache, on_error, nulls, too_long, progress, **options
         As for :func:`complete`; options are ``system``, ``raw``, ``think``.
 
     Returns
@@ -501,7 +505,7 @@ def filter(  # noqa: A001 - the operator's common name; the built-in is not used
         [name], beside_names(("error",), too_long), prefix=name, keep=True, can_drop=False
     )
     asked = make_prompt(prompt, on, table.names, only=table.only, call="filter")
-    loaded = resolve(model, Mode.COMPLETION)
+    loaded = resolve(placed(model, client, endpoints), Mode.COMPLETION)
     work = ScoreWork("filter", completion_work("filter", options, seed=0), (*YES, *NO))
     plan = make_plan(
         table,

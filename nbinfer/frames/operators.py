@@ -7,13 +7,14 @@ row with its ``error`` filled; and a cell that was interrupted goes on where it 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from numbers import Integral, Real
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from nbinfer.contract.errors import NotSupported, RequestError
 from nbinfer.contract.modes import Mode
+from nbinfer.contract.units import plain_number
 from nbinfer.frames.progress import make_sink
 from nbinfer.frames.prompts import Template, WithImages, make_prompt, unknown_column
 from nbinfer.frames.run import Run, choice, make_plan, remember
@@ -32,8 +33,30 @@ if TYPE_CHECKING:
 SIDE = ("error", "finish_reason", "prompt_tokens", "cached_tokens", "completion_tokens", "seconds", "source")
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """A model on a cluster or on several servers, reached when the call itself was found to be right."""
+
+    model: Any
+    client: Any
+    endpoints: Any
+
+
+def placed(model: Any, client: Any, endpoints: Any) -> Any:
+    """Return what ``model`` means together with where a call wants it to run.
+
+    Raises
+    ------
+    RequestError
+        At two places at once.
+    """
+    if client is not None and endpoints is not None:
+        raise RequestError("client= and endpoints= are two places to run at: leave one out.")
+    return model if client is None and endpoints is None else Elsewhere(model, client, endpoints)
+
+
 def resolve(model: Any, mode: Mode) -> FrameModel:
-    """Return the loaded model that a call means.
+    """Return the model that a call means: a loaded one, or one elsewhere, which is reached here.
 
     Raises
     ------
@@ -42,6 +65,14 @@ def resolve(model: Any, mode: Mode) -> FrameModel:
     NotSupported
         The model was loaded for another mode.
     """
+    if isinstance(model, Elsewhere):
+        if model.client is not None:
+            from nbinfer.frames.cluster import on_cluster
+
+            return on_cluster(model.client, model.model, mode)
+        from nbinfer.frames.fanout import open_endpoints
+
+        return open_endpoints(model.endpoints, model.model, mode)
     if model is None or isinstance(model, str):
         from nbinfer import session
 
@@ -108,6 +139,8 @@ def complete(
     on: Any = None,
     name: str = "completion",
     model: Any = None,
+    client: Any = None,
+    endpoints: Any = None,
     n: int = 1,
     schema: Any = None,
     choices: Any = None,
@@ -140,6 +173,12 @@ def complete(
         The answers' column.
     model
         A loaded model or its name; None: the default, else the only one loaded.
+    client
+        A ``dask.distributed.Client``: the rows are computed by its workers, each of which loads ``model``.
+    endpoints
+        Servers of one model, OpenAI's API or nbinfer's: addresses, dicts (``base_url``, ``model``,
+        ``api_key``, ``socket``, ``concurrency``, ``weights``), loaded models. The rows are spread over them,
+        and ``model`` is the model's name there.
     n
         Answers per row, each with its own seed: the frame gets ``n`` rows per row and a column ``sample``.
     schema, choices
@@ -192,7 +231,7 @@ def complete(
         prompt,
         on=on,
         name=name,
-        model=model,
+        model=placed(model, client, endpoints),
         n=n,
         schema=schema,
         choices=choices,
@@ -316,13 +355,6 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def plain_number(value: Any) -> Any:
-    """Return a number of another type (NumPy's, say) as an int or float; anything else as it is."""
-    if isinstance(value, bool | int | float) or not isinstance(value, Real):
-        return value
-    return int(value) if isinstance(value, Integral) else float(value)
-
-
 def completion_work(
     op: str,
     params: Mapping[str, Any],
@@ -414,6 +446,8 @@ def embed(
     on: Any = None,
     name: str = "embedding",
     model: Any = None,
+    client: Any = None,
+    endpoints: Any = None,
     kind: Literal["query", "document"] | None = None,
     normalize: bool = True,
     dims: int | None = None,
@@ -428,7 +462,7 @@ def embed(
 
     Parameters
     ----------
-    data, prompt, on, name, model, cache, on_error, nulls, too_long, keep, progress
+    data, prompt, on, name, model, client, endpoints, cache, on_error, nulls, too_long, keep, progress
         As for :func:`complete`.
     kind
         "query" or "document" adds the prefix that some models were trained with; the provenance records it.
@@ -454,7 +488,7 @@ def embed(
         prompt,
         on=on,
         name=name,
-        model=model,
+        model=placed(model, client, endpoints),
         kind=kind,
         normalize=normalize,
         dims=dims,
@@ -531,4 +565,6 @@ def submit(data: Any, prompt: Any = None, *, operation: str = "complete", **opti
     }
     choice("operation", operation, tuple(plans))
     options.pop("progress", None)
+    model, client, endpoints = (options.pop(name, None) for name in ("model", "client", "endpoints"))
+    options["model"] = placed(model, client, endpoints)
     return remember(plans[operation](data, prompt=prompt, **options)).start()

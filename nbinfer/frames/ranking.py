@@ -8,7 +8,7 @@ import numpy as np
 
 from nbinfer.contract.errors import RequestError
 from nbinfer.contract.modes import Mode
-from nbinfer.frames.operators import resolve
+from nbinfer.frames.operators import placed, resolve
 from nbinfer.frames.progress import make_sink
 from nbinfer.frames.prompts import make_prompt
 from nbinfer.frames.run import Run, make_plan, remember
@@ -57,6 +57,8 @@ def rerank(
     sort: bool = True,
     name: str = "score",
     model: Any = None,
+    client: Any = None,
+    endpoints: Any = None,
     cache: CacheMode = True,
     on_error: OnError = "null",
     nulls: Nulls = "skip",
@@ -80,7 +82,7 @@ def rerank(
         queries in the order of their first row.
     name
         The scores' column.
-    model, cache, on_error, nulls, keep, progress
+    model, client, endpoints, cache, on_error, nulls, keep, progress
         As for :func:`nbinfer.complete`; the model is loaded with ``mode="reranking"``.
 
     Returns
@@ -107,7 +109,7 @@ def rerank(
     documents = make_prompt(None, on, table.names, only=table.only, call="rerank")
     column = query if not table.only and query in table.names else None
     pair = _Pair(documents, None if column is not None else query, column)
-    loaded = resolve(model, Mode.RERANKING)
+    loaded = resolve(placed(model, client, endpoints), Mode.RERANKING)
     plan = make_plan(table, pair, RerankWork(), loaded, nulls=nulls, cache=cache)
 
     def build(run: Run, columns: Columns) -> Any:

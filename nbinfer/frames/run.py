@@ -579,18 +579,19 @@ class Run:
             for job, value in enumerate(finish):
                 if value == oc.PENDING:
                     finish[job] = oc.CANCELLED
+        # What a model that is at several places has to say of them.
+        self.progress.notes.extend(getattr(self._plan.model, "notes", ()))
         self.progress.end(state)
         self._finished.set()
 
     def _drive(self) -> None:
-        work, model = self._plan.work, self._plan.model
+        model = self._plan.model
         tasks = self._tasks()
         running: dict[int, tuple[Stream, list[int]]] = {}
         numbers = count()
-        window = work.window(model.info)
         try:
             while (tasks or running) and not self._stop.is_set():
-                while tasks and len(running) < window and not self._stop.is_set():
+                while tasks and len(running) < self._window() and not self._stop.is_set():
                     jobs = tasks.popleft()
                     try:
                         stream = model.submit(self._request(jobs))
@@ -607,6 +608,11 @@ class Run:
                     self._take(running, tasks, self._ready.get())
         finally:
             self._wind_up(running)
+
+    def _window(self) -> int:
+        """Return how many requests to keep with the model: so many for each place that it is at."""
+        model = self._plan.model
+        return self._plan.work.window(model.info) * int(getattr(model, "places", 1))
 
     def _tasks(self) -> deque[list[int]]:
         """Order the jobs by their beginnings, and cut requests."""

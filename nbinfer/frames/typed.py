@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from nbinfer.contract.errors import RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.schemas import Schema
+from nbinfer.contract.units import plain_number
 from nbinfer.frames.operators import (
     beside_names,
     completion_work,
     finish,
-    plain_number,
+    placed,
     plain_options,
     resolve,
     side_columns,
@@ -49,6 +50,8 @@ def extract(
     on: Any = None,
     name: str = "extract",
     model: Any = None,
+    client: Any = None,
+    endpoints: Any = None,
     cache: CacheMode = True,
     on_error: OnError = "null",
     nulls: Nulls = "skip",
@@ -72,7 +75,7 @@ def extract(
         schema's fields and shows the schema.
     name
         What the columns beside the fields are prefixed with where their names are taken.
-    data, on, model, cache, on_error, nulls, too_long, keep, progress
+    data, on, model, client, endpoints, cache, on_error, nulls, too_long, keep, progress
         As for :func:`complete`.
     max_tokens, temperature, seed, **options
         As for :func:`complete`.
@@ -96,7 +99,7 @@ def extract(
         prompt,
         on=on,
         name=name,
-        model=model,
+        model=placed(model, client, endpoints),
         cache=cache,
         on_error=on_error,
         nulls=nulls,

@@ -164,6 +164,11 @@ class OpenAIClient:
         # What is not under /v1 lies beside it.
         return base + path.removeprefix("/v1") if path.startswith("/v1/") else base.removesuffix("/v1") + path
 
+    async def get(self, path: str) -> Any:
+        """Return what a path shows."""
+        with _openai_errors():
+            return await self._api.get(self._url(path), cast_to=object)
+
     async def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """Return the answer of a path."""
         with _openai_errors():

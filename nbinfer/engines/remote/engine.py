@@ -45,7 +45,6 @@ from nbinfer.engines.remote.clients import (
     Endpoint,
     OpenAIClient,
     OwnClient,
-    open_openai,
 )
 from nbinfer.engines.remote.wire import (
     RunnerLost,
@@ -116,26 +115,40 @@ def list_models(endpoint: Endpoint, *, timeout: float) -> list[dict[str, Any]]:
     BackendUnavailable
         It does not answer, or not in ``timeout`` seconds.
     """
-    import openai
+    found = fetch_json(endpoint, "/v1/models", timeout=timeout)
+    data = found.get("data") if isinstance(found, dict) else None
+    return [each for each in data or () if isinstance(each, dict)]
 
-    async def ask() -> list[dict[str, Any]]:
-        client = open_openai(endpoint)
+
+def fetch_json(
+    endpoint: Endpoint, path: str, body: Mapping[str, Any] | None = None, *, timeout: float
+) -> Any:
+    """Return what a server answers to a small request: GET, or with a body POST.
+
+    Raises
+    ------
+    BackendUnavailable
+        It does not answer, not in ``timeout`` seconds, or not with what was asked for.
+    """
+
+    async def ask() -> Any:
+        client = OpenAIClient(endpoint)
         try:
-            found = await client.models.list(timeout=timeout)
-            return [each.model_dump() for each in found.data]
+            async with asyncio.timeout(timeout):
+                return await (client.get(path) if body is None else client.post(path, body))
         finally:
             await client.close()
 
     try:
-        return asyncio.run_coroutine_threadsafe(ask(), _loop.get()).result(timeout + 5)
-    except openai.APIStatusError as error:
+        return asyncio.run_coroutine_threadsafe(ask(), _loop.get()).result()
+    except NbinferError as error:
         raise BackendUnavailable(
-            f"{endpoint.base_url} refuses to list its models ({error.status_code}): {error.message:.200}\n"
+            f"{endpoint.base_url} refuses to answer {path}: {error!s:.200}\n"
             "Check api_key, or pass check=False."
         ) from None
-    except (openai.APIError, TimeoutError) as error:
+    except (ConnectionLostError, TimeoutError) as error:
         raise BackendUnavailable(
-            f"no server answers at {endpoint.base_url} ({error.__cause__ or error!s:.200}).\n"
+            f"no server answers at {endpoint.base_url} ({str(error) or 'it took too long':.200}).\n"
             "Start it, or check base_url."
         ) from None
 
