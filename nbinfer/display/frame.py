@@ -22,6 +22,7 @@ _KINDS = {
     "Error": "error",
     "Not Installed": "off",
     "ok": "ok",
+    "error": "error",
     "missing": "off",
 }
 

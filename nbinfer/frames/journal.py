@@ -18,7 +18,8 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nbinfer.contract.errors import ConfigError, NbinferError
+from nbinfer.contract.errors import NbinferError
+from nbinfer.contract.settings import configured
 from nbinfer.frames.outcomes import Record
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 KEY_VERSION = 2
 """Part of every key; raised when what a key covers changes."""
 
-SIZE_VARIABLE = "NBINFER_JOURNAL_BYTES"
 DEFAULT_LIMIT = 2 * 2**30
 
 _FILE = "frames-1.sqlite"
@@ -318,12 +318,7 @@ def journal_path() -> Path:
 
 
 def _limit() -> int:
-    text = os.environ.get(SIZE_VARIABLE)
-    if text is None:
-        return DEFAULT_LIMIT
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"{SIZE_VARIABLE}={text!r}: it is a number of bytes, at least 1.")
-    return int(text)
+    return int(configured("journal_bytes").value or DEFAULT_LIMIT)
 
 
 def open_journal() -> Journal:

@@ -6,7 +6,8 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
-from docs_tables import PAGE, written
+from docs_tables import PAGES as GENERATED
+from docs_tables import tables, written
 
 import nbinfer
 from nbinfer.contract import errors
@@ -15,14 +16,21 @@ from nbinfer.contract.errors import NbinferError
 if TYPE_CHECKING:
     from pathlib import Path
 
-DOCS = PAGE.parents[1]
+DOCS = GENERATED[0].parents[1]
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
 
 
-def test_the_tables_of_options_are_those_of_the_parser() -> None:
-    page = PAGE.read_text()
-    assert "--temperature" in page
-    assert written(page) == page, "run: python tools/docs_tables.py"
+@pytest.mark.parametrize("page", GENERATED, ids=lambda path: path.stem)
+def test_the_tables_of_options_and_settings_are_those_of_the_program(page: Path) -> None:
+    text = page.read_text()
+    assert written(text) == text, "run: python tools/docs_tables.py"
+
+
+def test_every_generated_table_is_on_a_page() -> None:
+    pages = "\n".join(path.read_text() for path in GENERATED)
+    assert [name for name, table in tables().items() if table not in pages] == []
+    assert "--temperature" in pages
+    assert "NBINFER_MODEL" in pages
 
 
 def test_every_error_has_its_place_in_the_troubleshooting() -> None:

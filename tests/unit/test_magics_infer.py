@@ -696,21 +696,6 @@ def test_loading_prints_nothing_and_unloading_takes_everything_out(
     assert not InteractiveShell.initialized()
 
 
-def test_a_configuration_file_sets_the_default_model() -> None:
-    from traitlets.config import Config
-
-    from nbinfer.magics.settings import NbInfer
-    from nbinfer.session import settings
-
-    try:
-        configured = NbInfer(config=Config({"NbInfer": {"model": "from-file"}}))
-        assert settings.model == "from-file"
-        row = next(row for row in configured.rows() if row["setting"] == "NbInfer.model")
-        assert (row["value"], row["source"]) == ("'from-file'", "configuration")
-    finally:
-        settings.model = None
-
-
 def test_metadata_survives_json(nb: Notebook, fake: FakeEngine) -> None:
     nb.run("%infer --seed 3 hello")
     kept = json.loads(json.dumps(nb.outputs[-1]["metadata"]))["nbinfer"]
