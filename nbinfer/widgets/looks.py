@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbinfer import session
 from nbinfer.contract.errors import NbinferError
-from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest, RerankRequest
+from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest, ImageRequest, RerankRequest
 from nbinfer.contract.units import human_bytes
 from nbinfer.widgets import words
 
@@ -55,14 +55,16 @@ def _model_row(model: Model, rates: Rates) -> Row:
     queue = f"{now.running} running, {now.waiting} waiting" if busy else "idle"
     # What one request may hold times the requests at once; engines that share one cache say less in use.
     room = max(info.context_size, now.context_used)
+    made = now.images_generated
     return {
         "name": model.name,
         "mode": str(model.mode),
         "where": f"{model.backend}, {_where(model)}",
-        "context": f"{now.context_used:,} of {words.tokens(room)}",
+        # An image model has no context; what it has made is what there is to say.
+        "context": f"{now.context_used:,} of {words.tokens(room)}" if room else "",
         "context_used": now.context_used,
         "context_size": room,
-        "rate": f"{rate:,.0f} tokens/s" if rate else "",
+        "rate": f"{rate:,.0f} tokens/s" if rate else words.count(made, "image") if made else "",
         "queue": queue,
         "busy": busy,
         "memory": _memory(model),
@@ -118,11 +120,10 @@ class _Measured:
         return self._known[model]
 
     def _ask(self, model: Model) -> int | None:
-        if getattr(model.engine, "context_pointer", None) is None:
-            return None
-        from nbinfer.memory import breakdown
+        if getattr(model.engine, "context_pointer", None) is not None:
+            from nbinfer.memory import breakdown
 
-        breakdown(0)  # the first answer takes a while, in which the model could be unloaded
+            breakdown(0)  # the first answer takes a while, in which the model could be unloaded
         devices = model.measured_memory()
         return None if devices is None else sum(sum(held.values()) for held in devices.values())
 
@@ -208,6 +209,8 @@ def _what(request: Any) -> str:
         return f"embed {words.count(len(request.texts), 'text')}"
     if isinstance(request, RerankRequest):
         return f"rerank {words.count(len(request.documents), 'document')}"
+    if isinstance(request, ImageRequest):
+        return words.short(f"draw {request.prompt}")
     return words.short(type(request).__name__)
 
 
@@ -308,6 +311,6 @@ def _about(header: Any) -> str:
     parameters = header.parameters
     size = f"{parameters / 1e9:.3g} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"  # noqa: PLR2004
     trained = header.context_length
-    parts = [header.architecture, f"{size} parameters", str(header.quantisation)]
+    parts = [header.architecture, f"{size} parameters" if parameters else "", str(header.quantisation)]
     parts += [f"up to {words.tokens(trained)}"] if trained else []
     return ", ".join(part for part in [*parts, modes] if part)

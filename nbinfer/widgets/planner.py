@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 KV_TYPES = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 """What the panel offers, from exact to small."""
 _USUAL: Row = {"context_size": None, "kv_type": "f16", "gpu_layers": -1, "parallel": None}
-_LONGEST_UNKNOWN = 32768
-_MOST_AT_ONCE = 16
+LONGEST_UNKNOWN = 32768
+MOST_AT_ONCE = 16
 _STEPS_PER_DOUBLING = 4
 _CELLS = 256
 _HIGH, _FULL = 0.8, 0.93
@@ -115,10 +115,12 @@ def whole_settings(settings: Mapping[str, Any], limits: Row) -> Row:
 
     They come from a page, so nothing about them is taken for granted.
     """
-    longest = limits["context"][-1]
-    context = _number(settings.get("context_size"), 1, longest, min(defaults.CONTEXT, longest))
+    context = None
+    if limits["context"]:  # an image model has none
+        longest = limits["context"][-1]
+        context = _number(settings.get("context_size"), 1, longest, min(defaults.CONTEXT, longest))
     kv_type = settings.get("kv_type")
-    at_once = settings.get("parallel")
+    at_once = settings.get("parallel") if limits["parallel"] else None
     return {
         "context_size": context,
         "kv_type": kv_type if kv_type in limits["kv_types"] else "f16",
@@ -164,7 +166,7 @@ class MemoryPlanner:
         try:
             base = self._model(ref)
         except (NotSupported, GGUFParseError) as problem:
-            return _unknown(ref, str(problem))
+            return _other(ref, settings, problem)
         return self._answer(ref, base, settings, exact=False)
 
     def exact(self, ref: str, settings: Mapping[str, Any]) -> Row:
@@ -172,7 +174,7 @@ class MemoryPlanner:
         try:
             base = self._model(ref)
         except (NotSupported, GGUFParseError) as problem:
-            return _unknown(ref, str(problem))
+            return _other(ref, settings, problem)
         return self._answer(ref, base, settings, exact=True)
 
     def _answer(self, ref: str, base: Estimate, settings: Mapping[str, Any], *, exact: bool) -> Row:
@@ -187,8 +189,8 @@ class MemoryPlanner:
         """Return advice, and the curve over the context."""
         try:
             base = self._model(ref)
-        except (NotSupported, GGUFParseError):
-            return {"advice": [], "curve": []}
+        except (NotSupported, GGUFParseError) as problem:
+            return {"advice": _other(ref, settings, problem)["advice"], "curve": []}
         whole = whole_settings(settings, _limits(base))
         found = base.again(**_options(whole)).advice()
         self._advice = ref, [{"label": one.text, "settings": dict(one.changes)} for one in found]
@@ -219,10 +221,10 @@ def _options(whole: Row) -> dict[str, Any]:
 def _limits(base: Estimate) -> Row:
     """Return what the sliders can be set to."""
     return {
-        "context": context_stops(base.trained_context_size or _LONGEST_UNKNOWN),
+        "context": context_stops(base.trained_context_size or LONGEST_UNKNOWN),
         "kv_types": list(KV_TYPES),
         "layers": (base.header.n_layers or 0) + 1 if base.gpus else 0,
-        "parallel": _MOST_AT_ONCE,
+        "parallel": MOST_AT_ONCE,
     }
 
 
@@ -239,7 +241,7 @@ def _plan(base: Estimate, estimate: Estimate, whole: Row) -> Row:
         "settings": whole,
         "limits": _limits(base),
         "bars": _bars(estimate),
-        "segments": [_segment(part, labels[part], size) for part, size in sums.items()],
+        "segments": [segment(part, labels[part], size) for part, size in sums.items()],
         "verdict": {
             "word": estimate.verdict,
             "kind": VERDICT_KINDS[estimate.verdict],
@@ -269,23 +271,31 @@ def _bars(estimate: Estimate) -> list[Row]:
 
 def _bar(key: str, device: DeviceEstimate) -> Row:
     """Return one device: what is taken by others, what the model adds, and what there is."""
-    segments = [_segment(part, label, size) for part, label, size in _parts(device)]
-    return {
-        "key": key,
-        "name": device.name,
-        "used": sum(segment["bytes"] for segment in segments),
-        "total": device.total,
-        "text": f"needs {human_bytes(device.required)}, free {human_bytes(device.available)}",
-        "kind": "",
-        "segments": segments,
-    }
+    text = f"needs {human_bytes(device.required)}, free {human_bytes(device.available)}"
+    return plan_bar(key, device.name, device.total, text, _parts(device))
 
 
 def _parts(device: DeviceEstimate) -> list[tuple[str, str, int]]:
     return [("taken", "in use now", max(0, device.total - device.available)), *parts(device)]
 
 
-def _segment(part: str, label: str, size: int) -> Row:
+def plan_bar(key: str, name: str, total: int, text: str, parts: list[tuple[str, str, int]]) -> Row:
+    """Return a device's bar; ``parts`` are (part, label, bytes)."""
+    segments = [segment(*part) for part in parts]
+    used = sum(each["bytes"] for each in segments)
+    return {
+        "key": key,
+        "name": name,
+        "used": used,
+        "total": total,
+        "text": text,
+        "kind": "",
+        "segments": segments,
+    }
+
+
+def segment(part: str, label: str, size: int) -> Row:
+    """Return one part of a bar."""
     return {"key": part, "kind": part, "bytes": size, "text": f"{label} {human_bytes(size)}"}
 
 
@@ -296,21 +306,8 @@ def _curve(base: Estimate, whole: Row) -> list[list[Row]]:
     return [_bars(base.again(**{**options, "context_size": stop}, exact=False)) for stop in stops]
 
 
-def _unknown(ref: str, reason: str) -> Row:
-    """Return a plan without numbers: the model may still be loaded."""
-    limits: Row = {
-        "context": context_stops(_LONGEST_UNKNOWN),
-        "kv_types": list(KV_TYPES),
-        "layers": 0,
-        "parallel": _MOST_AT_ONCE,
-    }
-    return {
-        "name": ref,
-        "settings": whole_settings({}, limits),
-        "limits": limits,
-        "bars": [],
-        "segments": [],
-        "verdict": {"word": "unknown", "kind": "off", "text": reason},
-        "advice": [],
-        "source": "",
-    }
+def _other(ref: str, settings: Mapping[str, Any], problem: NbinferError) -> Row:
+    """Return a plan of a model that llama.cpp does not run, or whose memory cannot be told."""
+    from nbinfer.widgets import others
+
+    return others.plan(ref, settings, problem)

@@ -99,8 +99,8 @@ class Watched:
         """Take a command of the page.
 
         ``{"do": "open", "view": …}`` says that a view is there, and from time to time that it still is;
-        ``"close"`` that it is not. Returns at once, on whatever thread it is called. A number ``n`` comes back
-        as ``kernel.ack``.
+        ``"close"`` that it is not. Returns at once, on whatever thread it is called. A number ``n`` comes
+        back as ``kernel.ack``.
         """
         number = command.get("n")
         if isinstance(number, int):

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import nbinfer as nb
 from nbinfer.contract.errors import ModelNotFound
 from nbinfer.memory import estimate
 from nbinfer.memory.machine import Gpu, Machine, Ram
 from nbinfer.widgets.planner import MemoryPlanner, context_stops, machine_part, whole_settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 GIB = 2**30
 LIMITS = {"context": [512, 1024, 4096, 8192], "kv_types": ["f16", "q8_0"], "layers": 33, "parallel": 16}
@@ -126,6 +134,59 @@ def test_with_a_gpu_there_are_two_bars_and_a_slider_of_layers(monkeypatch: pytes
         assert sum(s["bytes"] for s in segments if s["kind"] == "taken") in (0, GIB)
     assert weights[0] == 0
     assert weights[layers] > 0
+
+
+@pytest.fixture
+def hf_folder(tmp_path: Path) -> str:
+    """A model of safetensors: 16 MiB of weights, 64 KiB of cache a token, 8,192 tokens."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 16,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "hidden_size": 1024,
+        "max_position_embeddings": 8192,
+        "torch_dtype": "float16",
+        "vocab_size": 1024,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"model.x": np.zeros((8, 2**20), np.float16)}, tmp_path / "model.safetensors")
+    return str(tmp_path)
+
+
+def test_a_model_for_vllm_says_what_it_takes_at_least(hf_folder: str) -> None:
+    planner = MemoryPlanner()
+    plan = planner.quick(hf_folder, {"context_size": 1024, "parallel": 2, "kv_type": "q8_0"})
+    assert plan["verdict"]["word"] == "unknown"
+    assert re.match(r"at least 144 MiB of .* free on RAM; what vLLM", plan["verdict"]["text"])
+    assert [row["text"] for row in plan["segments"][1:]] == ["weights 16 MiB", "KV cache 128 MiB"]
+    # llama.cpp's types of cache are not vLLM's; what is not asked for is not passed on.
+    assert plan["limits"]["kv_types"] == []
+    assert planner.load_options(plan["settings"]) == {"context_size": 1024, "parallel": 2}
+    assert planner.exact(hf_folder, plan["settings"])["verdict"] == plan["verdict"]
+
+
+def test_on_a_gpu_vllm_takes_a_share_whatever_the_model(
+    hf_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu(index=0, name="Imaginary 2", total=2 * GIB, free=2 * GIB)
+    here = Machine(ram=Ram(total=16 * GIB, available=8 * GIB), gpus=(gpu,))
+    # The package has functions of these names; the modules are known by their own.
+    for module in ("nbinfer.memory", "nbinfer.memory.vllm"):
+        monkeypatch.setattr(sys.modules[module], "machine", lambda: here)
+    planner = MemoryPlanner()
+    long = planner.quick(hf_folder, {"context_size": 8192, "gpu_layers": 3})
+    assert long["verdict"]["word"] in ("fits", "tight")
+    assert long["verdict"]["text"].startswith("room for ")
+    (bar,) = long["bars"]
+    assert bar["used"] == pytest.approx(0.9 * 2 * GIB, abs=2)
+    crowded = Machine(ram=here.ram, gpus=(replace(gpu, total=GIB, free=GIB),))
+    for module in ("nbinfer.memory", "nbinfer.memory.vllm"):
+        monkeypatch.setattr(sys.modules[module], "machine", lambda: crowded)
+    plan = planner.quick(hf_folder, {"context_size": 8192})
+    assert plan["verdict"]["word"] == "does not fit"
+    (advice,) = planner.around(hf_folder, plan["settings"])["advice"]
+    assert planner.quick(hf_folder, advice["settings"])["verdict"]["word"] != "does not fit"
 
 
 def test_the_exact_plan_is_what_the_engine_then_holds() -> None:

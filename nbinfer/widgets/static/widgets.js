@@ -287,7 +287,8 @@ function planView(model, link, { load }) {
   const whereId = uid("where");
   const where = el("select", { id: whereId }, ...[["kernel", "this kernel"], ["sidecar", "the sidecar, shared, outlives it"]]
     .map(([value, label]) => el("option", { value }, label)));
-  fields.append(context.node, el("div", { class: "nbinfer-w-field" }, el("label", { for: kvId }, "KV cache type"), kv), layers.node, parallel.node);
+  const kvField = el("div", { class: "nbinfer-w-field" }, el("label", { for: kvId }, "KV cache type"), kv);
+  fields.append(context.node, kvField, layers.node, parallel.node);
   const go = button("Load", () => link.send({
     do: "load", ref, settings, where: where.value, keep_alive: keep.value, force: model.get("plan").verdict?.kind === "error",
   }), { class: "nbinfer-w-primary" });
@@ -321,8 +322,12 @@ function planView(model, link, { load }) {
   };
 
   const drawFields = () => {
+    // What a model has not, such as the context of one that draws, has no field.
     const { limits = {} } = model.get("plan");
     const all = limits.context ?? [];
+    show(context.node, all.length > 0);
+    show(kvField, (limits.kv_types ?? []).length > 0);
+    show(parallel.node, (limits.parallel ?? 16) > 0);
     const nearest = all.reduce((best, n, i) => (Math.abs(n - settings.context_size) < Math.abs(all[best] - settings.context_size) ? i : best), 0);
     context.put(nearest, Math.max(0, all.length - 1), settings.context_size);
     keyed(kv, (limits.kv_types ?? []).map((name) => ({ name })), (row) => row.name, () => {
