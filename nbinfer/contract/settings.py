@@ -223,10 +223,10 @@ def _checked(values: Any, place: str) -> dict[str, Any]:
 
 
 def _value(setting: Setting, value: Any, shown: str) -> Any:
-    kinds = {"text": str, "path": str, "bool": bool, "bytes": int}
-    good = isinstance(value, kinds[setting.kind]) and not (
-        setting.kind == "bytes" and (isinstance(value, bool) or value < 1)
-    )
+    if setting.kind == "bytes":
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    else:
+        good = isinstance(value, bool if setting.kind == "bool" else str)
     if not good or (setting.choices and value not in setting.choices):
         words = {"text": "a text", "path": "a path", "bool": "true or false", "bytes": "a number of bytes"}
         wanted = f"one of {', '.join(setting.choices)}" if setting.choices else words[setting.kind]

@@ -248,7 +248,7 @@ class JupyterSink:
 
 
 def _in_notebook() -> bool:
-    if "IPython" not in sys.modules:
+    if sys.modules.get("IPython") is None:
         return False
     from IPython import get_ipython
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
@@ -26,6 +28,23 @@ if TYPE_CHECKING:
     from nbinfer.display.sinks import ShownResult
     from nbinfer.magics.parser import Given
     from nbinfer.magics.settings import NbInfer
+
+
+# Programs that show a kernel's outputs in a terminal, where none can be replaced by a newer one.
+_CONSOLE = re.compile(r"jupyter[-_ ](qt)?console")
+
+
+@lru_cache(maxsize=1)
+def started_by_a_console() -> bool:
+    """Whether this kernel belongs to ``jupyter console``, by the process that started it."""
+    import psutil
+
+    try:
+        parent = psutil.Process().parent()
+        words = " ".join(parent.cmdline()) if parent is not None else ""
+    except psutil.Error:
+        return False
+    return _CONSOLE.search(words) is not None
 
 
 def show_help(text: str) -> None:
@@ -111,13 +130,13 @@ class NbInferMagics(Magics):
 
     def _look(self, values: dict[str, Any]) -> ask.Look:
         settings = self.settings
-        automatic = settings.display == "auto" and hasattr(self._shell, "kernel")
+        notebook = hasattr(self._shell, "kernel") and not started_by_a_console()
         return ask.Look(
             view="code" if values.get("extract") else values.get("view", settings.format),
             footer=settings.footer,
             live=settings.stream and not values.get("no_stream"),
             quiet=bool(values.get("quiet")),
-            in_place=settings.display == "rich" or automatic,
+            in_place=settings.display == "rich" or (settings.display == "auto" and notebook),
         )
 
     def _keep(self, shown: ShownResult, out: str | None) -> None:

@@ -139,10 +139,31 @@ def test_a_mistake_is_at_most_five_lines_and_names_the_fix(nb: Kernel, cell: str
     assert nb.run("%infer go").reply["status"] == "ok"
 
 
-def test_completion_reaches_the_front_end(nb: Kernel) -> None:
-    assert nb.complete("%infer --tem") == ["--temperature"]
-    assert nb.complete("%%infer fa") == ["fake"]
-    assert nb.complete("%%infer\nabout {{ engi") == ["engine"]
+@pytest.mark.parametrize(
+    ("cell", "offered"),
+    [
+        ("%infer --tem", ["--temperature"]),
+        ("%%infer --dry", ["--dry-run"]),
+        ("%%infer fa", ["fake"]),
+        ("%%infer sho", ["short"]),
+        ("%infer -m fa", ["fake"]),
+        ("%infer --schema Ci", ["City"]),
+        ("%infer --over cit", ["cities"]),
+        ("%infer --image pict", ["picture.png"]),
+        ("%%infer\nabout {{ engi", ["engine"]),
+        ("%%infer\n{{ cities.na", ["cities.name"]),
+        ("%nbinfer esti", ["estimate"]),
+        ("%nbinfer load sho", ["short"]),
+        ("%nbinfer load folder/", ["folder/model.gguf"]),
+    ],
+)
+def test_completion_reaches_the_front_end(nb: Kernel, cell: str, offered: list[str]) -> None:
+    nb.run(
+        "import pandas as pd\nfrom pathlib import Path\nPath('folder').mkdir(exist_ok=True)\n"
+        "Path('folder/model.gguf').touch()\nPath('picture.png').touch()\n"
+        "City = dict\ncities = pd.DataFrame({'name': ['x']})\n%nbinfer alias short fake"
+    )
+    assert nb.complete(cell) == offered
 
 
 def test_output_is_updated_at_most_twelve_times_a_second(nb: Kernel) -> None:

@@ -118,6 +118,76 @@ def test_a_terminal_streams_plain_text(tmp_path: Path) -> None:
     assert "still here" in run.stdout
 
 
+def test_a_console_on_a_kernel_shows_whole_answers(tmp_path: Path) -> None:
+    # It shows an output when it comes and never replaces it: what is updated in place would stay a beginning.
+    pexpect = pytest.importorskip("pexpect")  # a terminal, as there is none on Windows
+    command = ["-m", "jupyter_console", "--simple-prompt", "--ZMQTerminalInteractiveShell.kernel_timeout=60"]
+    environment = {**os.environ, "TERM": "dumb", "IPYTHONDIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    console = pexpect.spawn(
+        sys.executable, command, env=environment, encoding="utf8", timeout=60, cwd=str(tmp_path)
+    )
+    try:
+        seen = []
+        for line in [
+            *WITH_FAKE.strip().splitlines(),
+            "engine.script = lambda request: ['one ', 0.3, 'two ', 0.3, 'three']",
+            "%infer hello",
+            "x = %infer again",
+            "print('x is', x)",
+        ]:
+            console.expect(r"In \[\d+\]: ")
+            seen.append(console.before)
+            console.sendline(line)
+        console.expect(r"In \[\d+\]: ")
+        shown = "".join([*seen, console.before])
+        assert shown.count("one two three") == 3, shown  # two answers, and x
+        assert "x is one two three" in shown
+        assert "fake · 3 tokens" in shown
+    finally:
+        console.close(force=True)
+
+
+_NO_IPYTHON = """
+import sys
+
+for name in ("IPython", "ipykernel", "ipywidgets", "anywidget", "matplotlib", "traitlets"):
+    sys.modules[name] = None  # importing it says that there is no such module
+import nbinfer as nb
+
+nb.load("demo", threads=1)
+for piece in nb.stream("What is the capital of France?"):
+    print(piece, end="|", flush=True)
+print()
+result = nb.infer("What is the capital of Peru?", logprobs=2)
+print(result, result.show_logprobs(), sep="\\n")
+print(nb.complete(["What is the capital of Cuba?"], cache=False)["completion"][0])
+print(nb.models()["name"].tolist(), nb.estimate("demo").verdict)
+print(nb.plot_sweep(nb.estimate("demo", exact=False), context_size=[256]))
+nb.unload()
+"""
+
+
+@pytest.mark.engine
+def test_plain_python_needs_no_ipython(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", _NO_IPYTHON],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert lines[0].replace("|", "") == "The capital of France is Paris."
+    assert lines[0].count("|") > 3  # in pieces, not at once
+    assert lines[1] == "The capital of Peru is Lima."
+    assert any(line.startswith("' L'") for line in lines)
+    assert "The capital of Cuba is Havana." in lines
+    assert any("demo-embed" in line for line in lines)
+    assert any("Memory of demo by context_size" in line for line in lines)
+
+
 @pytest.mark.engine
 def test_the_demo_model_answers_in_a_kernel(tmp_path: Path) -> None:
     with kernel(tmp_path) as nb:
