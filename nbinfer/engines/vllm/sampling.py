@@ -1,0 +1,137 @@
+"""A request in the words of vLLM's ``SamplingParams``.
+
+vLLM's penalties look at the whole prompt and answer, where llama.cpp's look at the last 64 tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from nbinfer.engines.grammar import JSON_STYLE, guidance_grammar, lark_text, unusable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nbinfer.contract.requests import CompletionRequest, Constraint
+
+BATCH_INTERVAL = 32
+"""Tokens of a batch row that are handed on together: nobody watches a row being written."""
+
+# vLLM wants a share above 0; so little is the most likely token alone.
+_LEAST_TOP_P = 1e-6
+
+
+def sampling_params(request: CompletionRequest, *, seed: int, limit: int, each: bool) -> Any:
+    """Return the ``vllm.SamplingParams`` of a request.
+
+    Parameters
+    ----------
+    seed
+        Seed of the draw, where one is made.
+    limit
+        Tokens of the answer at most.
+    each
+        Whether every token is handed on at once.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling = request.sampling
+    words: dict[str, Any] = {
+        "temperature": sampling.temperature,
+        "max_tokens": limit,
+        "logprobs": request.logprobs,
+        "repetition_penalty": sampling.repeat_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "output_kind": RequestOutputKind.DELTA,
+    }
+    if sampling.temperature > 0:
+        words |= {
+            "top_p": max(sampling.top_p, _LEAST_TOP_P),
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "seed": seed,
+        }
+    if sampling.logit_bias:
+        words["logit_bias"] = dict(sampling.logit_bias)
+    if request.constraint is not None:
+        words["structured_outputs"] = _structured(request.constraint)
+    if not each and "stream_interval" in SamplingParams.__struct_fields__:
+        words["stream_interval"] = BATCH_INTERVAL
+    return SamplingParams(**words)
+
+
+def scoring_params(tokens: Sequence[int]) -> Any:
+    """Return the ``vllm.SamplingParams`` that ask how likely each of ``tokens`` is to come next."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=1, logprob_token_ids=list(tokens), detokenize=False)
+
+
+def _structured(constraint: Constraint) -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    kind, value = constraint.kind, constraint.value
+    if kind in ("json_schema", "json"):
+        schema = {"type": "object"} if value is None else dict(value)
+        # llguidance reads its options in the schema itself.
+        return StructuredOutputsParams(json={"x-guidance": JSON_STYLE, **schema})
+    if kind == "regex":
+        return StructuredOutputsParams(regex=value)
+    return StructuredOutputsParams(grammar=lark_text(constraint))
+
+
+class Constraints:
+    """Checks constraints before they run, and answers after they were cut.
+
+    Parameters
+    ----------
+    tokenizer
+        The model's, as transformers loads it.
+    size
+        Rows of the model's output.
+    """
+
+    def __init__(self, tokenizer: Any, size: int) -> None:
+        self._source, self._size = tokenizer, size
+        self._tokenizer: Any = None
+        self._lock = threading.Lock()
+
+    def check(self, constraint: Constraint) -> None:
+        """Refuse what cannot be a constraint.
+
+        Raises
+        ------
+        RequestError
+            The schema, expression or grammar is not valid.
+        BackendUnavailable
+            llguidance is not installed.
+        """
+        grammar = guidance_grammar(constraint)
+        from llguidance import LLMatcher
+
+        try:
+            problem = LLMatcher.validate_grammar(grammar, self._tokens())
+        except (ValueError, TypeError) as e:
+            problem = str(e)
+        if problem:
+            raise unusable(constraint, problem)
+
+    def whole(self, constraint: Constraint, tokens: Sequence[int]) -> bool:
+        """Whether an answer of these tokens, its end token left out, keeps to the constraint to its end."""
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._tokens(), guidance_grammar(constraint))
+        matcher.consume_tokens(list(tokens))
+        return bool(matcher.is_accepting() or matcher.is_stopped())
+
+    def _tokens(self) -> Any:
+        """Return the tokens as llguidance wants them: about a second for 150,000, and made once."""
+        from llguidance import hf
+
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = hf.from_tokenizer(self._source, self._size)
+            return self._tokenizer
