@@ -204,7 +204,7 @@ def _model(path: Path, mode: Mode, asked: Mapping[str, Any], header: Safetensors
         "model": str(path),
         "runner": "generate" if mode is Mode.COMPLETION else "pooling",
         "trust_remote_code": False,
-        "max_model_len": _context(asked.get("context_size"), header, overrides),
+        "max_model_len": _context(asked.get("context_size"), header, overrides, _cut_at(path)),
         "dtype": _one_of("dtype", asked.get("dtype", "auto"), DTYPES),
         "kv_cache_dtype": _one_of("kv_type", asked.get("kv_type", "auto"), KV_TYPES),
     }
@@ -230,8 +230,19 @@ def _running(asked: Mapping[str, Any], device: Device) -> dict[str, Any]:
 # -- single settings ------------------------------------------------------------------------------------
 
 
-def _context(asked: Any, header: SafetensorsHeader, overrides: Any) -> int:
+def _cut_at(path: Path) -> int | None:
+    """Return the tokens at which a model of sentence-transformers cuts a text; None where it does not."""
+    try:
+        found = json.loads((path / "sentence_bert_config.json").read_bytes()).get("max_seq_length")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _context(asked: Any, header: SafetensorsHeader, overrides: Any, cut_at: int | None) -> int:
     trained = header.context_length
+    if cut_at is not None:
+        trained = min(trained or cut_at, cut_at)
     if isinstance(overrides, dict) and isinstance(overrides.get("max_position_embeddings"), int):
         trained = overrides["max_position_embeddings"]
     if asked is None:
