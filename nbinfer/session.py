@@ -29,10 +29,11 @@ from nbinfer.contract.requests import (
     CompletionRequest,
     Constraint,
     EmbeddingRequest,
+    ImageRequest,
     RerankRequest,
     Sampling,
 )
-from nbinfer.contract.results import Delta, Finished, Result
+from nbinfer.contract.results import Delta, Finished, GeneratedImage, ImageDone, ImageResult, Result
 from nbinfer.contract.settings import configured, configured_aliases
 from nbinfer.contract.units import human_bytes, plain_number
 
@@ -159,8 +160,8 @@ def _add_params(options: dict[str, Any], params: Any) -> None:
         options[name] = value
 
 
-def _reject_unknown(options: Mapping[str, Any]) -> None:
-    unknown = [name for name in options if name not in OPTIONS]
+def _reject_unknown(options: Mapping[str, Any], known: Sequence[str] = OPTIONS) -> None:
+    unknown = [name for name in options if name not in known]
     if unknown:
         near = difflib.get_close_matches(unknown[0], OPTIONS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
@@ -355,6 +356,74 @@ class TextStream:
         )
 
 
+IMAGE_OPTIONS = ("size", "n", "steps", "guidance", "negative_prompt", "seed", "previews", "priority")
+"""Every option that :func:`generate_image` takes, besides the prompt and the model."""
+
+
+def prepare_images(prompt: str, **options: Any) -> ImageRequest:
+    """Build and validate a request for images; runs nothing.
+
+    Raises
+    ------
+    RequestError
+        An option is unknown or out of range.
+    """
+    _add_params(options, options.pop("params", None))
+    _reject_unknown(options, IMAGE_OPTIONS)
+    given = {name: plain_number(value) for name, value in options.items() if value is not None}
+    return ImageRequest(prompt=prompt, **given)
+
+
+class ImageStream:
+    """Images on their way: iterate it for steps, finished images, and the end.
+
+    Leaving the loop early stops the engine after its present step. ``result()`` waits for all images,
+    ``partial()`` is those that are finished.
+    """
+
+    def __init__(self, stream: Stream, prompt: str, model: Model) -> None:
+        self._stream = stream
+        self._prompt = prompt
+        self._model = model
+        self._images: list[GeneratedImage] = []
+        self._result: ImageResult | None = None
+        weakref.finalize(self, stream.cancel)
+
+    def __iter__(self) -> Iterator[Event]:
+        with short_interrupt("the images were stopped; the finished ones are kept."):
+            try:
+                for event in self._stream:
+                    if isinstance(event, ImageDone):
+                        self._images.append(event.image)
+                    yield event
+            finally:
+                if not self._stream.done:
+                    self._stream.cancel()
+
+    def cancel(self) -> None:
+        """Stop after the present step; the result is then ``interrupted``."""
+        self._stream.cancel()
+
+    def result(self) -> ImageResult:
+        """Wait for all images. An interrupt (Ctrl-C, ■) stops the engine and is raised on."""
+        if self._result is None:
+            for event in self:
+                del event
+            self._result = cast("ImageResult", self._stream.result()).with_changes(model=self._model.name)
+        return self._result
+
+    def partial(self) -> ImageResult:
+        """The images that are finished, as a result with ``finish_reason="interrupted"``."""
+        if self._result is not None:
+            return self._result
+        return ImageResult(
+            images=tuple(self._images),
+            prompt=self._prompt,
+            finish_reason="interrupted",
+            model=self._model.name,
+        )
+
+
 def with_images(prompt: str, images: Any) -> Any:
     """The content of a message: the text alone, or images before it, as they stay in a conversation."""
     parts: list[dict[str, Any]] = [
@@ -445,11 +514,16 @@ class Model:
         """
         from nbinfer.memory import breakdown
 
+        if hasattr(self.engine, "measured"):
+            held: dict[str, dict[str, int]] = self.engine.measured()
+            return held
         context = getattr(self.engine, "context_pointer", None)
         return None if context is None else breakdown(context)
 
     def __repr__(self) -> str:
         size = f"context {self.info.context_size:,}"
+        if self.mode == Mode.IMAGE_GENERATION:
+            size = str(self.info.effective.get("size", ""))
         return f"<Model {self.name} ({self.mode}, {self.backend}, {self.where}, {size})>"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Bundle:
@@ -506,6 +580,14 @@ class Model:
         """Return a score per document, float32 of shape (documents,); higher is more relevant."""
         stream = self.submit(RerankRequest(query=query, documents=list(documents)))
         return cast("NDArray[np.float32]", _wait(stream).scores)
+
+    def images(self, prompt: str, **options: Any) -> ImageStream:
+        """Start images and return at once; iterate the return value for its events. Options as below."""
+        return ImageStream(self.submit(prepare_images(prompt, **options)), prompt, self)
+
+    def generate_image(self, prompt: str, **options: Any) -> ImageResult:
+        """Make an image, or several. See :func:`generate_image`."""
+        return self.images(prompt, **options).result()
 
     def unload(self) -> None:
         """Free the model's memory; idempotent."""
@@ -711,6 +793,7 @@ def get(model: Model | str | None = None, *, mode: Mode | str = Mode.COMPLETION)
         hint = {
             Mode.EMBEDDING: '"demo-embed", mode="embedding"',
             Mode.RERANKING: 'ref, mode="reranking"',
+            Mode.IMAGE_GENERATION: '"demo-image"',
         }.get(Mode(mode), '"demo"')
         raise ModelNotFound(
             f"no {mode} model is loaded. {_loaded_words(session.models())}\nLoad one with nb.load({hint})."
@@ -759,7 +842,7 @@ def load(
         ``kernel``: inside this process. ``sidecar``: in a process of its own, shared by all your notebooks,
         that outlives a restart of this kernel by the model's keep-alive; it is started where there is none.
     mode
-        ``completion``, ``embedding`` or ``reranking``; None reads it from the file's header.
+        ``completion``, ``embedding``, ``reranking`` or ``image-generation``; None reads it from the file.
     context_size
         Tokens of prompt and answer together; -1 is the trained maximum; None is that, up to 4,096.
     keep_alive
@@ -780,7 +863,8 @@ def load(
     progress
         Called with the fraction loaded, 0 to 1.
     backend_options
-        Passed to the backend: ``threads``, ``flash_attention``, ``mmap``, ``batch_size``, …
+        Passed to the backend: ``threads``, ``flash_attention``, ``mmap``, ``batch_size``, …; for images
+        ``device``, ``dtype``, ``batch``.
 
     Raises
     ------
@@ -1093,6 +1177,8 @@ def _speculative(asked: Any) -> Any:
 
 def _natural_mode(resolved: Any) -> Mode:
     """What the file says it is made for."""
+    if resolved.format == "diffusers":
+        return Mode.IMAGE_GENERATION
     if resolved.format != "gguf":
         return Mode.COMPLETION
     modes = resolved.header.modes
@@ -1111,7 +1197,7 @@ def _unload_when_idle(model: Model) -> None:
             model.unload_at = None
             return
         now, load_now = time.monotonic(), model.engine.load()
-        progress = load_now.tokens_generated + load_now.prompt_tokens
+        progress = load_now.tokens_generated + load_now.prompt_tokens + load_now.images_generated
         busy = bool(load_now.running or load_now.waiting)
         if busy or progress != done:
             idle_since, done = now, progress
@@ -1148,7 +1234,12 @@ def _fits(
 
 def _estimate(resolved: Any, mode: Mode, asked: Mapping[str, Any], *, exact: bool | None = None) -> Any:
     """Return the estimate of a load; None when the file's kind allows none."""
-    if resolved.format != "gguf" or mode == Mode.IMAGE_GENERATION:
+    if resolved.format == "diffusers":
+        from nbinfer.memory import estimate_images
+
+        given = {name: asked[name] for name in ("batch", "dtype", "device") if name in asked}
+        return estimate_images(resolved.header, name=resolved.name, **given)
+    if resolved.format != "gguf":
         return None
     from nbinfer.memory import CannotEstimate, estimate
     from nbinfer.memory.defaults import ESTIMATED
@@ -1350,6 +1441,66 @@ def stream(prompt: str | None = None, *, model: Model | str | None = None, **opt
     return get(model).stream(prompt, **options)
 
 
+def generate_image(
+    prompt: str,
+    *,
+    model: Model | str | None = None,
+    size: str | Sequence[int] | None = None,
+    n: int = 1,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> ImageResult:
+    """Make images for a prompt and wait for them.
+
+    Parameters
+    ----------
+    prompt
+        What they show.
+    model
+        An image model or its name; None is the default, or the only one loaded for images.
+    size
+        ``"512x768"`` (width first) or (width, height) in pixels; None: what the model was trained for.
+    n
+        How many; image ``i`` is the one that ``seed + i`` gives alone.
+    steps, guidance
+        Denoising steps, and how closely the prompt is followed; None: the pipeline's own numbers.
+    negative_prompt
+        What they do not show.
+    seed
+        None draws one; the result and each PNG file record it.
+    options
+        ``previews``: small pictures of each image on its way, for those who read the events.
+
+    Returns
+    -------
+    ImageResult
+        ``.image`` is the first as a PIL image, ``.images`` all of them; a notebook shows them.
+
+    Raises
+    ------
+    RequestError
+        An option is unknown or out of range.
+    ModelNotFound
+        No image model is loaded, or several are and none is named.
+    NotSupported
+        The pipeline has no such setting.
+    """
+    found = get(model, mode=Mode.IMAGE_GENERATION)
+    return found.generate_image(
+        prompt,
+        size=size,
+        n=n,
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        seed=seed,
+        **options,
+    )
+
+
 async def ainfer(prompt: str | None = None, *, model: Model | str | None = None, **options: Any) -> Result:
     """As :func:`infer`, for ``await``: widgets stay live while it runs."""
     return await get(model).ainfer(prompt, **options)
@@ -1408,11 +1559,14 @@ def _verdict(header: Any) -> str:
     """Whether a model fits here with the usual settings, by formula; empty where it is not llama.cpp's."""
     from nbinfer.contract.errors import NbinferError
     from nbinfer.gguf import Header
-    from nbinfer.memory import estimate
+    from nbinfer.gguf.pipeline import PipelineHeader
+    from nbinfer.memory import estimate, estimate_images
 
-    if not isinstance(header, Header):
-        return ""
     try:
+        if isinstance(header, PipelineHeader):
+            return estimate_images(header).verdict
+        if not isinstance(header, Header):
+            return ""
         return estimate(header, exact=False).verdict
     except NbinferError:
         return ""

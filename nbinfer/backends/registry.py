@@ -27,6 +27,7 @@ GROUP = "nbinfer.backends"
 BUILT_IN = {
     "llamacpp": "nbinfer.backends.llamacpp:LlamaCppBackend",
     "vllm": "nbinfer.backends.vllm:VllmBackend",
+    "diffusers": "nbinfer.backends.diffusers:DiffusersBackend",
     "openai": "nbinfer.backends.openai:OpenAIBackend",
 }
 # A name is part of URLs and of socket paths, which hold 100 characters or so in all.

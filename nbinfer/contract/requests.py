@@ -361,16 +361,16 @@ def parse_size(size: object) -> tuple[int, int]:
     Raises
     ------
     RequestError
-        It is none, or a side is not a multiple of 8 from 8 to 8,192 pixels.
+        It is none, or a side is not a multiple of 8, up to 8,192 pixels.
     """
-    found = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", size.strip()) if isinstance(size, str) else None
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size.strip()) if isinstance(size, str) else None
     pair = (int(found[1]), int(found[2])) if found else size
     if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:  # noqa: PLR2004 - a pair
         raise RequestError(f'size={size!r:.60} is not a size: it is "WIDTHxHEIGHT", such as "512x768".')
     for side in pair:
-        if isinstance(side, bool) or not isinstance(side, int) or side % 8 or not 8 <= side <= MAX_SIDE:
+        if isinstance(side, bool) or not isinstance(side, int) or side % 8 or not 0 < side <= MAX_SIDE:
             raise RequestError(
-                f"size={size!r:.60} is refused: each side is a multiple of 8, from 8 to {MAX_SIDE:,} pixels."
+                f"size={size!r:.60} is refused: each side is a multiple of 8, up to {MAX_SIDE:,} pixels."
             )
     return (pair[0], pair[1])
 

@@ -185,8 +185,8 @@ def read_model(source: str, open_file: Opener, names: list[str]) -> SafetensorsH
         A file is missing, or something in it is wrong.
     """
     try:
-        config = _read_json(open_file, "config.json", MAX_CONFIG)
-        index = _read_json(open_file, _INDEX, MAX_HEADER)
+        config = read_json(open_file, "config.json", MAX_CONFIG)
+        index = read_json(open_file, _INDEX, MAX_HEADER)
         if index is not None:
             names = _files_of(index)
         elif _SINGLE in names:
@@ -296,7 +296,7 @@ def _counts(values: object) -> bool:
     )
 
 
-def _read_json(open_file: Opener, name: str, limit: int) -> dict[str, Any] | None:
+def read_json(open_file: Opener, name: str, limit: int) -> dict[str, Any] | None:
     """Read a JSON object; None when there is no such file."""
     try:
         source = open_file(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nbinfer.memory.estimate import Advice, CannotEstimate, DeviceEstimate, Estimate, estimate
+from nbinfer.memory.images import ImageEstimate, estimate_images
 from nbinfer.memory.live import breakdown
 from nbinfer.memory.machine import Gpu, Machine, Ram, machine
 from nbinfer.memory.vllm import VllmEstimate, estimate_vllm
@@ -13,11 +14,13 @@ __all__ = [
     "DeviceEstimate",
     "Estimate",
     "Gpu",
+    "ImageEstimate",
     "Machine",
     "Ram",
     "VllmEstimate",
     "breakdown",
     "estimate",
+    "estimate_images",
     "estimate_vllm",
     "machine",
 ]

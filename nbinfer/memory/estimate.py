@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from nbinfer.contract.errors import ConfigError, NbinferError, NotSupported
 from nbinfer.contract.memory import RequiredMemory
@@ -24,7 +24,7 @@ from nbinfer.memory.shape import Shape
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import pandas as pd
 
@@ -305,6 +305,8 @@ def estimate(
     projector: str | os.PathLike[str] | None = None,
     draft: str | os.PathLike[str] | None = None,
     exact: bool | None = None,
+    size: str | Sequence[int] | None = None,
+    batch: int = 1,
 ) -> Estimate:
     """Say what memory a model will take, from its header alone; loads nothing.
 
@@ -342,6 +344,9 @@ def estimate(
     exact
         True asks llama.cpp itself and fails when it cannot be asked; False is formulas alone, in a
         millisecond; None asks where it can.
+    size, batch
+        Of an image pipeline: pixels, such as ``"512x768"``, and images computed at once. The answer is then a
+        :class:`nbinfer.memory.ImageEstimate`, which shows, prints and advises as this one does.
 
     Raises
     ------
@@ -353,6 +358,7 @@ def estimate(
         A setting is out of range, or this model cannot be run with it.
     """
     from nbinfer.gguf import Header, read_header
+    from nbinfer.gguf.pipeline import PipelineHeader
 
     name = ""
     if isinstance(ref, Header):
@@ -362,6 +368,11 @@ def estimate(
 
         found = peek(ref)
         read = found.header
+        if isinstance(read, PipelineHeader):
+            from nbinfer.memory.images import estimate_images
+
+            images = estimate_images(read, size=size, batch=batch, gpus=gpus, ram=ram, name=found.name)
+            return cast("Estimate", images)
         if not isinstance(read, Header):
             raise NotSupported(
                 f"{ref} is a {found.format} model, which runs on vLLM and not on llama.cpp.\n"
@@ -387,10 +398,16 @@ def estimate(
         "draft": None if draft is None else read_header(draft),
         "exact": exact,
     }
-    return _estimate(header, name or header.name or header.architecture, options, _plan_machine(gpus, ram))
+    return _estimate(header, name or header.name or header.architecture, options, plan_machine(gpus, ram))
 
 
-def _plan_machine(gpus: Sequence[str | int] | None, ram: str | int | None) -> Machine:
+def plan_machine(
+    gpus: Sequence[str | int] | None, ram: str | int | None, *, usable: Callable[[], bool] | None = None
+) -> Machine:
+    """Return the machine to plan for: this one, or one with the memory that was asked for.
+
+    ``usable`` says whether the engine can use this machine's GPUs; None: whether llama.cpp can.
+    """
     here = machine()
     if ram is not None:
         size = parse_bytes(ram)
@@ -399,7 +416,7 @@ def _plan_machine(gpus: Sequence[str | int] | None, ram: str | int | None) -> Ma
         sizes = [parse_bytes(size) for size in ([gpus] if isinstance(gpus, str) else gpus)]
         planned = tuple(Gpu(index=i, name=f"GPU {i}", total=size, free=size) for i, size in enumerate(sizes))
         return replace(here, gpus=planned, gpu_status="")
-    return here if _build_uses_gpus() else replace(here, gpus=())
+    return here if (usable or _build_uses_gpus)() else replace(here, gpus=())
 
 
 def _build_uses_gpus() -> bool:

@@ -9,6 +9,7 @@ from nbinfer.contract.units import human_bytes
 
 if TYPE_CHECKING:
     from nbinfer.memory.estimate import DeviceEstimate, Estimate
+    from nbinfer.memory.images import ImageDevice, ImageEstimate
 
 LABELS = {
     "weights": "weights",
@@ -18,6 +19,11 @@ LABELS = {
     "output": "output",
     "projector": "image encoder",
     "draft": "draft model",
+    "text_encoders": "text encoders",
+    "denoiser": "denoiser",
+    "vae": "VAE",
+    "other": "other parts",
+    "activations": "activations",
     "overhead": "overhead",
     "file_backed": "in the file",
 }
@@ -30,22 +36,29 @@ COLOURS = {
     "output": "#6d7f2a",
     "projector": "#b0508a",
     "draft": "#7a6a58",
+    "text_encoders": "#c8741a",
+    "denoiser": "#3b76c4",
+    "vae": "#8c6bb1",
+    "other": "#7a6a58",
+    "activations": "#3f8f4f",
     "overhead": "#8a8a8a",
     "file_backed": "#7fa3d4",
 }
 _MARKS = {"fits": "✓", "tight": "!", "does not fit": "✗"}
 
 
-def parts(device: DeviceEstimate) -> list[tuple[str, str, int]]:
+def parts(device: DeviceEstimate | ImageDevice) -> list[tuple[str, str, int]]:
     """(key, label, bytes) of what is on a device, in the order it is drawn; nothing that is empty."""
-    rough = {"overhead": sum(device.overhead) // 2, "file_backed": device.at_hand}
+    rough = {"overhead": sum(device.overhead) // 2, "file_backed": getattr(device, "at_hand", 0)}
     rows = [
-        (key, label, rough[key] if key in rough else getattr(device, key)) for key, label in LABELS.items()
+        # A device of a text model has no denoiser, one of an image model no cache.
+        (key, label, rough[key] if key in rough else getattr(device, key, 0))
+        for key, label in LABELS.items()
     ]
     return [row for row in rows if row[2]]
 
 
-def text(estimate: Estimate) -> str:
+def text(estimate: Estimate | ImageEstimate) -> str:
     """Lines for a terminal: the verdict, each device's parts, and what to change when it does not fit."""
     lines = [f"{_MARKS[estimate.verdict]} {estimate.model}: {estimate.reason}", f"  {_asked(estimate)}"]
     for device in estimate.devices:
@@ -61,14 +74,18 @@ def text(estimate: Estimate) -> str:
     return "\n".join(lines)
 
 
-def _asked(estimate: Estimate) -> str:
+def _asked(estimate: Estimate | ImageEstimate) -> str:
+    from nbinfer.memory.images import ImageEstimate
+
+    if isinstance(estimate, ImageEstimate):
+        return estimate.asked
     settings = estimate.settings
     source = "asked of llama.cpp" if estimate.exact else "by formula"
     words = [f"context {estimate.context_size:,}", f"{settings.parallel} at once", f"KV {settings.kv_type}"]
     return ", ".join([*words, source])
 
 
-def html(estimate: Estimate) -> str:
+def html(estimate: Estimate | ImageEstimate) -> str:
     """A stacked bar per device against what is free there; self-contained, legible in both themes."""
     bars = "".join(_bar(device) for device in estimate.devices if parts(device))
     advice = "".join(f"<li>{escape(a.text)}</li>" for a in estimate.advice())
@@ -83,7 +100,7 @@ def html(estimate: Estimate) -> str:
     )
 
 
-def _bar(device: DeviceEstimate) -> str:
+def _bar(device: DeviceEstimate | ImageDevice) -> str:
     shown = parts(device)
     whole = max(device.available, sum(size for _, _, size in shown), 1)
     segments = "".join(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-Format = Literal["gguf", "safetensors"]
+Format = Literal["gguf", "safetensors", "diffusers"]
 
 _QUANT = re.compile(
     r"[-._]((?:UD-)?(?:I?Q[1-8](?:_[0-9A-Z]+)*|TQ[12]_0|MXFP4(?:_MOE)?|NVFP4|B?F16|FP16|F32|FP32))$",
@@ -26,6 +26,12 @@ class ModelFiles(NamedTuple):
     format: Format
     paths: tuple[Path, ...]
     projector: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        """What an engine opens: the first GGUF file, a DDUF file, or the folder of any other model."""
+        first = self.paths[0]
+        return first if self.format == "gguf" or is_dduf(first.name) else first.parent
 
     @property
     def missing(self) -> list[str]:
@@ -48,6 +54,24 @@ def stem_and_quant(name: str) -> tuple[str, str | None]:
 def is_projector(name: str) -> bool:
     """Whether a file is named as the projector (image encoder) of a vision model."""
     return "mmproj" in name.lower()
+
+
+def is_dduf(name: str) -> bool:
+    """Whether a file is named as an image pipeline in one file."""
+    return name.lower().endswith(".dduf")
+
+
+def pipeline_model(folder: Path) -> ModelFiles | None:
+    """Return the image pipeline in a directory: all its plain files, for each of them shapes the images.
+
+    None when there is no ``model_index.json``.
+    """
+    from nbinfer.gguf.pipeline import INDEX, PLAIN_SUFFIXES, folder_files
+
+    if not (folder / INDEX).is_file():
+        return None
+    inside = [name for name in folder_files(folder) if "/" in name and name.endswith(PLAIN_SUFFIXES)]
+    return ModelFiles("diffusers", (folder / INDEX, *(folder / name for name in inside)))
 
 
 def gguf_models(folder: Path) -> list[ModelFiles]:

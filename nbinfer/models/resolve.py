@@ -17,7 +17,9 @@ from nbinfer.models.files import (
     Format,
     ModelFiles,
     gguf_models,
+    is_dduf,
     is_projector,
+    pipeline_model,
     safetensors_model,
     stem_and_quant,
 )
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from nbinfer.gguf import Header
+    from nbinfer.gguf.pipeline import PipelineHeader
     from nbinfer.gguf.safetensors import SafetensorsHeader
     from nbinfer.models.hub import Confirm, RemoteModel
 
@@ -43,13 +46,13 @@ class ResolvedModel:
     name
         A short name to show.
     path
-        What an engine opens: the first GGUF file, or the folder of a safetensors model.
+        What an engine opens: the first GGUF file, a DDUF file, or the folder of any other model.
     paths
-        All weight files, in order.
+        All weight files, in order; of an image pipeline, all its files.
     source
         Where it comes from: ``file``, ``demo``, ``huggingface``, ``ollama``, …
     format
-        ``gguf`` or ``safetensors``.
+        ``gguf``, ``safetensors`` or ``diffusers`` (an image pipeline).
     projector
         The image encoder of a vision model, when it is a file of its own.
     """
@@ -68,8 +71,12 @@ class ResolvedModel:
         return weights_digest(self.paths)
 
     @cached_property
-    def header(self) -> Header | SafetensorsHeader:
+    def header(self) -> Header | SafetensorsHeader | PipelineHeader:
         """What its header says; raises ``GGUFParseError`` or ``SafetensorsParseError`` when unreadable."""
+        if self.format == "diffusers":
+            from nbinfer.gguf.pipeline import read_pipeline
+
+            return read_pipeline(self.path)
         if self.format == "safetensors":
             from nbinfer.gguf.safetensors import read_safetensors
 
@@ -249,7 +256,7 @@ def _resolved(ref: str, name: str, source: str, files: ModelFiles) -> ResolvedMo
     return ResolvedModel(
         ref=ref,
         name=name,
-        path=files.paths[0] if files.format == "gguf" else files.paths[0].parent,
+        path=files.path,
         paths=files.paths,
         source=source,
         format=files.format,
@@ -270,7 +277,7 @@ def looks_like_path(text: str) -> bool:
     """Whether a reference can only be meant as a path."""
     return (
         text.startswith((".", "~", "/"))
-        or text.lower().endswith((".gguf", ".safetensors"))
+        or text.lower().endswith((".gguf", ".safetensors", ".dduf"))
         or (os.sep != "/" and os.sep in text)
     )
 
@@ -285,6 +292,8 @@ def from_path(path: Path, *, ref: str, source: str = "file") -> ResolvedModel:
     """
     if path.is_dir():
         return _from_folder(path, ref, source)
+    if is_dduf(path.name):
+        return _resolved(ref, path.stem, source, ModelFiles("diffusers", (path,)))
     if path.suffix.lower() == ".safetensors":
         return _from_folder(path.parent, ref, source)
     if is_projector(path.name):
@@ -318,9 +327,11 @@ def _from_folder(folder: Path, ref: str, source: str) -> ResolvedModel:
     if models:
         names = [files.paths[0].name for files in models]
         raise ModelNotFound(f"{folder} holds {len(models)} models; name one of them: {listed(names)}.")
-    files = safetensors_model(folder)
+    files = pipeline_model(folder) or safetensors_model(folder)
     if files is None:
-        raise ModelNotFound(f"{folder} holds no model: no *.gguf, and no config.json with *.safetensors.")
+        raise ModelNotFound(
+            f"{folder} holds no model: no *.gguf, no config.json with *.safetensors, no model_index.json."
+        )
     if files.missing:
         raise ModelNotFound(f"{folder} is not whole: {listed(files.missing)} is missing.")
     return _resolved(ref, folder.resolve().name, source, files)

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nbinfer.contract.errors import GGUFParseError, SafetensorsParseError
 from nbinfer.models.cache import cache_dir
-from nbinfer.models.files import ModelFiles, gguf_models, safetensors_model, stem_and_quant
+from nbinfer.models.files import ModelFiles, gguf_models, pipeline_model, safetensors_model, stem_and_quant
 from nbinfer.models.refs import SCHEMES, listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from nbinfer.gguf import Header
+    from nbinfer.gguf.pipeline import PipelineHeader
     from nbinfer.gguf.safetensors import SafetensorsHeader
     from nbinfer.models.files import Format
 
@@ -46,7 +47,7 @@ class FoundModel:
     paths
         Weight files, in order.
     path
-        What an engine opens: the first GGUF file, or the folder of a safetensors model.
+        What an engine opens: the first GGUF file, a DDUF file, or the folder of any other model.
     projector
         The image encoder of a vision model, when it is a file of its own.
     problem
@@ -83,7 +84,7 @@ class FoundModel:
         return sum(_size(path) or 0 for path in self.files)
 
     @property
-    def header(self) -> Header | SafetensorsHeader | None:
+    def header(self) -> Header | SafetensorsHeader | PipelineHeader | None:
         """What its header says; None when it cannot be read, and ``trouble`` says why."""
         return self._read[0]
 
@@ -93,14 +94,20 @@ class FoundModel:
         return self._read[1]
 
     @cached_property
-    def _read(self) -> tuple[Header | SafetensorsHeader | None, str | None]:
+    def _read(self) -> tuple[Header | SafetensorsHeader | PipelineHeader | None, str | None]:
         from nbinfer.gguf import read_header
+        from nbinfer.gguf.pipeline import read_pipeline
         from nbinfer.gguf.safetensors import read_safetensors
 
         if self.problem is not None:
             return None, self.problem
+        readers: dict[str, Callable[[Path], Any]] = {
+            "gguf": read_header,
+            "safetensors": read_safetensors,
+            "diffusers": read_pipeline,
+        }
         try:
-            return (read_header if self.format == "gguf" else read_safetensors)(self.path), None
+            return readers[self.format](self.path), None
         except (GGUFParseError, SafetensorsParseError) as error:
             return None, str(error)
 
@@ -148,7 +155,8 @@ def _demo() -> Iterator[FoundModel]:
     from nbinfer.models.demo import demo_models_on_disk
 
     for name, path in demo_models_on_disk().items():
-        files = next(files for files in gguf_models(path.parent) if files.paths[0] == path)
+        folder = pipeline_model(path)
+        files = folder or next(files for files in gguf_models(path.parent) if files.paths[0] == path)
         yield _model("demo", name, files)
 
 
@@ -218,8 +226,13 @@ def hf_files(snapshot: Path) -> dict[str, ModelFiles]:
         for folder in folders
         for files in _gguf_in(folder, snapshot)
     }
-    whole = None if found else safetensors_model(snapshot)
-    return found if whole is None else {"": whole}
+    if found:
+        return found
+    packed = [path for path in _entries(snapshot) if path.name.lower().endswith(".dduf")]
+    if packed:
+        return {path.name: ModelFiles("diffusers", (path,)) for path in packed}
+    whole = pipeline_model(snapshot) or safetensors_model(snapshot)
+    return {} if whole is None else {"": whole}
 
 
 def _gguf_in(folder: Path, root: Path) -> list[ModelFiles]:
@@ -442,12 +455,11 @@ STORES: Final[dict[str, Callable[[], Iterator[FoundModel]]]] = {
 def _model(source: str, name: str, files: ModelFiles, *, names: tuple[str, ...] = ()) -> FoundModel:
     missing = files.missing
     problem = f"{listed(missing)} is missing: deleted, or its download was not finished" if missing else None
-    path = files.paths[0] if files.format == "gguf" else files.paths[0].parent
     return FoundModel(
         source=source,
         name=name,
         names=tuple(other for other in names if other != name),
-        path=path,
+        path=files.path,
         paths=files.paths,
         format=files.format,
         projector=files.projector if files.projector and files.projector.is_file() else None,

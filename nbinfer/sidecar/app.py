@@ -25,7 +25,7 @@ from nbinfer.contract.errors import (
     SchemaError,
 )
 from nbinfer.contract.modes import Mode
-from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest, RerankRequest
+from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest, ImageRequest, RerankRequest
 from nbinfer.contract.results import Delta, Finished, PromptProgress, Result, Usage
 from nbinfer.engines.remote.wire import (
     details_to_json,
@@ -34,6 +34,7 @@ from nbinfer.engines.remote.wire import (
     info_to_json,
     vector_to_base64,
 )
+from nbinfer.sidecar import images
 from nbinfer.sidecar.answers import (
     DONE,
     CallSplitter,
@@ -50,6 +51,7 @@ from nbinfer.sidecar.bodies import (
     ChatBody,
     DetokenizeBody,
     EmbeddingBody,
+    ImageBody,
     RerankBody,
     ScoreBody,
     TemplateBody,
@@ -69,7 +71,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
     from typing import TypeVar
 
-    from nbinfer.contract.results import EmbeddingResult, Event, RerankResult, ScoreResult
+    from nbinfer.contract.results import EmbeddingResult, Event, ImageResult, RerankResult, ScoreResult
     from nbinfer.engines.protocol import Engine
     from nbinfer.engines.stream import Stream
 
@@ -104,11 +106,13 @@ class Served:
         """Find out whether the engine survived an error of its own."""
         if self.engine is None or self.on_dead is None or not isinstance(error, EngineError):
             return
-        probe: EmbeddingRequest | RerankRequest | CompletionRequest
+        probe: EmbeddingRequest | RerankRequest | ImageRequest | CompletionRequest
         if self.engine.info.mode == Mode.EMBEDDING:
             probe = EmbeddingRequest(texts=["?"])
         elif self.engine.info.mode == Mode.RERANKING:
             probe = RerankRequest(query="?", documents=["?"])
+        elif self.engine.info.mode == Mode.IMAGE_GENERATION:
+            probe = ImageRequest(prompt="?", steps=1)
         else:
             probe = CompletionRequest(prompt="?", max_tokens=1)
         try:
@@ -157,6 +161,7 @@ def make_app(served: Served, *, metrics: Metrics | None = None) -> FastAPI:
     _add_plain_routes(api, served, counters)
     _add_completion_routes(api, served, counters)
     _add_pooled_routes(api, served, counters)
+    _add_image_routes(api, served, counters)
     return api
 
 
@@ -275,7 +280,7 @@ def _add_completion_routes(api: FastAPI, served: Served, counters: Metrics) -> N
         return await _respond(request, served, body, answer, streams, counters)
 
 
-def _add_pooled_routes(api: FastAPI, served: Served, counters: Metrics) -> None:  # noqa: C901 - a list of routes
+def _add_pooled_routes(api: FastAPI, served: Served, counters: Metrics) -> None:
     @api.post("/v1/embeddings")
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
         streams = await _submit(served.get(body.model), [body.request()])
@@ -346,9 +351,40 @@ def _add_pooled_routes(api: FastAPI, served: Served, counters: Metrics) -> None:
             }
         )
 
+
+def _add_image_routes(api: FastAPI, served: Served, counters: Metrics) -> None:
     @api.post("/v1/images/generations")
-    async def images() -> Response:
-        raise NotSupported(f"{served.names[0]} does not generate images.")
+    async def generations(body: ImageBody, request: Request) -> Response:
+        engine, asked = served.get(body.model), body.request()
+        if engine.info.mode != Mode.IMAGE_GENERATION:
+            raise NotSupported(f"{served.names[0]} does not generate images.")
+        streams = await _submit(engine, [asked])
+        if not body.stream:
+            results = await _wait(request, streams, counters)
+            if results is None:
+                return Response(status_code=499)
+            return SafeJSONResponse(images.whole(results[0], details=body.nbinfer))
+        path, began = request.url.path, time.perf_counter()
+        size = engine.info.effective.get("size") if asked.size is None else "{}x{}".format(*asked.size)
+
+        def on_end(ended: ImageResult | BaseException | None) -> None:
+            if ended is None:
+                counters.note_cancelled(path)
+            elif isinstance(ended, BaseException):
+                counters.note_failed(path)
+                served.suspect(ended)
+            else:
+                counters.note(path, ended, time.perf_counter() - began)
+
+        async def done() -> None:
+            streams[0].cancel()
+
+        return ClosingStream(
+            images.events(streams[0], size=str(size), details=body.nbinfer, on_end=on_end),
+            on_close=done,
+            media_type="text/event-stream",
+            headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+        )
 
 
 def _pooled_usage(result: EmbeddingResult | RerankResult) -> dict[str, Any]:

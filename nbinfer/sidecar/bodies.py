@@ -12,9 +12,11 @@ from nbinfer.contract.requests import (
     CompletionRequest,
     Constraint,
     EmbeddingRequest,
+    ImageRequest,
     RerankRequest,
     Sampling,
     ScoreRequest,
+    parse_size,
 )
 
 MAX_PROMPTS = 2048
@@ -314,6 +316,54 @@ class ScoreBody(Body):
         if not texts or len(texts) > MAX_PROMPTS:
             raise RequestError(f"text_2 holds {len(texts)} texts; it must be 1 to {MAX_PROMPTS}.")
         return RerankRequest(query=self.text_1, documents=texts)
+
+
+class ImageBody(Body):
+    """``POST /v1/images/generations``; the fields after ``partial_images`` are those of local servers."""
+
+    model: str | None = Field(None, max_length=1024)
+    prompt: str
+    n: int | None = None
+    size: str | None = None
+    response_format: str | None = None
+    output_format: str | None = None
+    stream: bool | None = None
+    partial_images: int | None = None
+    negative_prompt: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+    priority: Literal["interactive", "batch"] = "interactive"
+    nbinfer: bool = Field(False, description="report every step, and the seed and the settings of each image")
+
+    def request(self) -> ImageRequest:
+        """Return the engine's request.
+
+        Raises
+        ------
+        NotSupported
+            Images are asked for as addresses, or in another format than PNG.
+        RequestError
+            A value is out of range.
+        """
+        if self.response_format not in (None, "b64_json"):
+            raise NotSupported(
+                f"response_format={self.response_format!r:.60} is not offered: images are not kept here, so "
+                "that no address could name them. Ask for b64_json."
+            )
+        if self.output_format not in (None, "png"):
+            raise NotSupported(f"output_format={self.output_format!r:.60} is not offered: ask for png.")
+        return ImageRequest(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            size=None if self.size in (None, "auto") else parse_size(self.size),
+            n=1 if self.n is None else self.n,
+            steps=self.steps,
+            guidance=self.guidance,
+            seed=None if self.seed is None else _seed(self.seed),
+            previews=self.partial_images or 0,
+            priority=self.priority,
+        )
 
 
 class AnswersBody(Body):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
-    from nbinfer.contract.results import EmbeddingResult, RerankResult
+    from nbinfer.contract.results import EmbeddingResult, ImageResult, RerankResult
     from nbinfer.engines.protocol import Engine
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -50,7 +50,9 @@ class Metrics:
         )
         self._registry.register(_EngineCollector(engine))
 
-    def note(self, path: str, result: Result | EmbeddingResult | RerankResult, seconds: float) -> None:
+    def note(
+        self, path: str, result: Result | EmbeddingResult | RerankResult | ImageResult, seconds: float
+    ) -> None:
         """Count one answer."""
         self._requests.labels(path, "ok").inc()
         self._seconds.labels(path).observe(seconds)
@@ -92,6 +94,7 @@ class _EngineCollector(Collector):
         for name, text, value in (
             ("nbinfer_generated_tokens", "Tokens generated.", now.tokens_generated),
             ("nbinfer_prompt_tokens", "Prompt tokens computed.", now.prompt_tokens),
+            ("nbinfer_generated_images", "Images generated.", now.images_generated),
         ):
             counter = CounterMetricFamily(name, text, labels=["model"])
             counter.add_metric(labels, value)

@@ -94,7 +94,7 @@ def test_among_several_models_a_projector_belongs_to_the_one_of_its_name(
         ("/no/such/tiny.gguf", "there is no file /no/such/tiny.gguf: the folder /no/such does not exist."),
         ("empty/x.gguf", "there is no file empty/x.gguf."),
         (".", r". holds 2 models; name one of them: tiny-a.gguf, tiny-b.gguf."),
-        ("empty", "empty holds no model: no *.gguf, and no config.json with *.safetensors."),
+        ("empty", "empty holds no model: no *.gguf, no config.json with *.safetensors, no model_index.json."),
         (
             "half/m-00001-of-00003.gguf",
             "m-00001-of-00003.gguf is one of 3 files, of which m-00002-of-00003.gguf, m-",
