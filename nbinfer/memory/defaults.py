@@ -32,6 +32,8 @@ ESTIMATED = (
     "mmap",
     "tensor_split",
     "projector",
+    "prefix_cache",
+    "prefix_cache_folder",
 )
 """The options of a load that change what it takes; ``estimate`` has them by the same names."""
 

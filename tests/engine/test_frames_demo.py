@@ -119,9 +119,8 @@ def test_rows_share_the_beginning_of_their_template(model: Model) -> None:
     instruction = "Say in one word what the capital is. Answer with the name of the city and nothing else. "
     frame = pd.DataFrame({"c": COUNTRIES})
     out = complete(frame, instruction + "Country: {c}", model=model, max_tokens=4, cache=False)
-    # All but the first find the instruction's tokens in the context; one more may come so late that the
-    # first has already given them back.
-    assert (out["cached_tokens"] >= 20).sum() >= len(COUNTRIES) - 2
+    # All but the first find the instruction's tokens in the context.
+    assert (out["cached_tokens"] >= 20).sum() >= len(COUNTRIES) - 1
 
 
 def test_an_over_long_row_in_the_middle_is_one_error(model: Model) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nbinfer.contract.modes import Mode
     from nbinfer.engines.llamacpp.context import ContextSettings
     from nbinfer.engines.llamacpp.media import Projector
+    from nbinfer.engines.llamacpp.saved import SavedStates
     from nbinfer.engines.llamacpp.speculate import Drafter, Speculation
     from nbinfer.engines.llamacpp.weights import Weights
     from nbinfer.engines.protocol import Engine
@@ -54,6 +55,8 @@ def open_engine(
     speculative: Speculative | None = None,
     projector: Path | None = None,
     lora: str | Path | Mapping[str, str | Path] | None = None,
+    prefix_cache: str | int | None = None,
+    prefix_cache_folder: str | Path | None = None,
     digest: str = "",
     on_progress: Callable[[float], None] | None = None,
 ) -> Engine:
@@ -87,6 +90,12 @@ def open_engine(
         The image encoder (``mmproj`` file) of a vision model.
     lora
         A LoRA adapter file that is always on, or files by name: a request then says ``adapter=name``.
+    prefix_cache
+        Bytes (``"1GiB"``) for the states of chats that the context has no room for any more: putting one back
+        is a copy, where computing it again takes as long as reading it took. None is none.
+    prefix_cache_folder
+        Keep these states in a folder, so that they outlive the process; ``prefix_cache`` then limits its size
+        (None: 2 GiB). They hold the prompts' content: only this user can read them.
 
     Raises
     ------
@@ -97,7 +106,7 @@ def open_engine(
     ConfigError
         A setting is not valid for this model.
     """
-    from nbinfer.engines.llamacpp.context import ContextSettings
+    from nbinfer.engines.llamacpp.context import ContextSettings, engine_version
     from nbinfer.engines.llamacpp.weights import Weights
 
     settings = ContextSettings(
@@ -132,6 +141,11 @@ def open_engine(
             if projector is not None:
                 described["projector"] = _projector(weights, projector, settings)
                 undo.callback(described["projector"].close)
+            described["saved"] = _saved(
+                prefix_cache,
+                prefix_cache_folder,
+                (digest or _file_identity(path), engine_version(), settings, _file_identities(lora)),
+            )
             if speculative is not None:
                 described["speculation"] = _speculation(speculative, weights, settings)
                 undo.callback(described["speculation"].close)
@@ -153,6 +167,39 @@ def _projector(weights: Weights, path: Path, settings: ContextSettings) -> Proje
     from nbinfer.engines.llamacpp.media import Projector
 
     return Projector(weights, path, threads=settings.threads or default_threads())
+
+
+_USUAL_FOLDER_BYTES = 2 << 30
+
+
+def _saved(budget: str | int | None, folder: str | Path | None, identity: object) -> SavedStates | None:
+    from pathlib import Path
+
+    from nbinfer.contract.errors import ConfigError
+    from nbinfer.contract.units import parse_bytes
+    from nbinfer.engines.llamacpp.saved import SavedStates
+
+    if budget is None and folder is None:
+        return None
+    limit = _USUAL_FOLDER_BYTES if budget is None else parse_bytes(budget)
+    if folder is None:
+        return SavedStates(limit)
+    place = Path(folder).expanduser()
+    try:
+        return SavedStates(limit, place, identity=repr(identity))
+    except OSError as e:
+        raise ConfigError(f"prefix_cache_folder: {place} cannot be used: {e.strerror or e}.") from e
+
+
+def _file_identity(path: Path) -> tuple[str, int, int]:
+    found = path.stat()
+    return str(path), found.st_size, found.st_mtime_ns
+
+
+def _file_identities(lora: str | Path | Mapping[str, str | Path] | None) -> object:
+    if lora is None:
+        return None
+    return sorted((name, _file_identity(path)) for name, path in _adapter_files(lora).items())
 
 
 def _adapter_files(lora: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:

@@ -240,6 +240,25 @@ class Context:
         """Let ``target`` share the first ``length`` positions of ``source``; no data is copied."""
         self._lib.llama_memory_seq_cp(self.memory, source, target, 0, length)
 
+    def first_position(self, sequence: int) -> int:
+        """The oldest position whose memory is complete; -1 where the sequence holds nothing."""
+        return int(self._lib.llama_memory_seq_pos_min(self.memory, sequence))
+
+    def state(self, sequence: int) -> NDArray[np.uint8]:
+        """Copy of a sequence's memory, uint8 of shape (bytes,); empty when it cannot be copied."""
+        lib = self._lib
+        buffer = np.empty(int(lib.llama_state_seq_get_size(self.pointer, sequence)), np.uint8)
+        written = lib.llama_state_seq_get_data(self.pointer, _bytes(buffer), len(buffer), sequence)
+        return buffer[: int(written)]
+
+    def restore(self, sequence: int, state: NDArray[np.uint8]) -> bool:
+        """Replace a sequence's memory by a copy made of one with the same weights and settings.
+
+        False when there is no room for it, or when it does not fit this context.
+        """
+        read = self._lib.llama_state_seq_set_data(self.pointer, _bytes(state), len(state), sequence)
+        return int(read) > 0
+
     def clear(self) -> None:
         """Forget everything."""
         if self.memory is not None:
@@ -274,6 +293,10 @@ def _floats(address: int, n: int) -> NDArray[np.float32]:
     """A view over ``n`` floats of llama.cpp's memory."""
     memory: Any = (ctypes.c_float * n).from_address(address)
     return np.frombuffer(memory, np.float32)
+
+
+def _bytes(buffer: NDArray[np.uint8]) -> Any:
+    return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def _ggml_type(lib: Any, name: str) -> int:

@@ -4,9 +4,8 @@ One thread owns the llama.cpp context. Each step it takes one token for every se
 fills the rest of the batch with pieces of waiting prompts, runs one decode, and samples. Callers only put
 requests in and read streams.
 
-Prompts share what they have in common: a finished sequence stays in its slot until the slot is needed, and a
-new prompt starts from the longest prefix that any slot holds. Rows that arrive together wait for the first
-of them to compute the prefix they share.
+Prompts share what they have in common (see ``prefixes``): rows that arrive together wait for the first of
+them to compute the prefix they share.
 
 The text does not depend on any of this, but for one thing: a computer adds floating-point numbers in another
 order when a batch has another shape, which can tip the balance between two tokens that are almost equally
@@ -15,7 +14,6 @@ likely. ``exact=True`` serves one request at a time, from its first token, in ba
 
 from __future__ import annotations
 
-import itertools
 import secrets
 import threading
 import time
@@ -51,8 +49,9 @@ from nbinfer.engines.llamacpp.adapters import Adapters
 from nbinfer.engines.llamacpp.constrain import Constrainer
 from nbinfer.engines.llamacpp.context import ABORTED, NO_SPACE, OK, Context, engine_version
 from nbinfer.engines.llamacpp.media import take_images
+from nbinfer.engines.llamacpp.prefixes import Prefixes
 from nbinfer.engines.llamacpp.sampling import Sampler, logprob_of
-from nbinfer.engines.llamacpp.sequence import Scores, Sequence, Slot, common_prefix, youth
+from nbinfer.engines.llamacpp.sequence import Scores, Sequence, Slot, youth
 from nbinfer.engines.plaintext import SEAM, defused_message
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
@@ -70,12 +69,11 @@ if TYPE_CHECKING:
     from nbinfer.contract.results import FinishReason
     from nbinfer.engines.llamacpp.context import ContextSettings
     from nbinfer.engines.llamacpp.media import Media, Projector
+    from nbinfer.engines.llamacpp.saved import SavedStates
     from nbinfer.engines.llamacpp.speculate import Speculation
     from nbinfer.engines.llamacpp.weights import Weights
 
 FAILED = -1
-MIN_SHARED = 8
-"""Shorter common prefixes are not worth waiting for."""
 STEP_SECONDS = 0.5
 """A batch with pieces of prompts is sized to take about this long, so that cells stay responsive."""
 SLOW_SECONDS = 3.0
@@ -107,6 +105,7 @@ class CompletionEngine:
         speculation: Speculation | None = None,
         adapters: Adapters | None = None,
         projector: Projector | None = None,
+        saved: SavedStates | None = None,
     ) -> None:
         self._weights = weights
         source = weights.chat_template()
@@ -127,7 +126,7 @@ class CompletionEngine:
             self._check_kind(name)
             self._prepare(name, digest, parallel)
         self._reasoning_budget = reasoning_budget
-        self._shares_prefixes = weights.has_exact_prefixes and not exact
+        self._prefixes = Prefixes(self._context, weights, self._slots, shares=not exact, saved=saved)
         self._constrainer = Constrainer(weights)
         self._thread = threading.Thread(target=self._run, name=f"nbinfer-{name}", daemon=True)
         self._thread.start()
@@ -438,6 +437,7 @@ class CompletionEngine:
                 self._drop_cancelled(cancelled)
                 self._admit()
                 self._advance()
+            self._prefixes.save()
         except BaseException as e:  # noqa: BLE001 - whatever happened, nobody may be left waiting
             self._fail_all(e if isinstance(e, NbinferError) else EngineError(f"the engine stopped: {e!r}"))
         finally:
@@ -495,69 +495,26 @@ class CompletionEngine:
             return False
         if not taken:
             return True
-        shared, apart = self._cells(taken, sequence)
+        shared, apart = self._prefixes.cells(taken, sequence)
         if shared + apart > self._context.size:
             return False
         return sequence.interactive or apart <= CROWD or self._context.flash_attention
 
-    def _cells(self, running: list[Sequence], sequence: Sequence) -> tuple[int, int]:
-        """Cells of the context when ``sequence`` runs beside others: those it shares, and all the rest."""
-        tokens = sequence.tokens(0, sequence.length)
-        common = [common_prefix(s.prompt, tokens) if self._shares_prefixes else 0 for s in running]
-        shared = max(common, default=0)
-        others = sum(s.length - n for s, n in zip(running, common, strict=True))
-        return shared, others + len(tokens) + 1 - shared
-
     def _place(self, sequence: Sequence) -> bool:
         """Put a sequence into the best free slot; False when it should wait for a prefix being computed."""
         tokens = sequence.tokens(0, sequence.length)
-        source, shared = self._longest_held(tokens, sequence.adapter)
         patient = sequence.scores is not None or not sequence.interactive
-        if patient and self._computing_more(tokens, shared, sequence.adapter):
-            return False
-        free = [s for s in self._slots if s.sequence is None]
-        if (
-            source is not None
-            and source.sequence is None
-            and (shared >= len(source.held) // 2 or free == [source])
-        ):
-            target = source
-            self._context.drop(target.index, shared)
-        else:
-            # Prefer a slot that holds nothing, then the one unused for longest.
-            target = min((s for s in free if s is not source), key=lambda s: (len(s.held) > 0, s.released))
-            self._context.drop(target.index)
-            if source is not None:
-                self._context.copy(source.index, target.index, shared)
-        target.held, target.adapter = tokens[:shared], sequence.adapter
+        if patient:
+            _, shared = self._prefixes.longest(tokens, sequence.adapter)
+            if self._prefixes.computing_more(tokens, shared, sequence.adapter):
+                return False
+        target, shared = self._prefixes.begin(tokens, sequence.adapter)
         target.sequence = sequence
         sequence.slot, sequence.position = target.index, shared
         sequence.cached = min(shared, len(sequence.prompt))
         if sequence.started is None:
             sequence.started = time.perf_counter()
         return True
-
-    def _longest_held(self, tokens: NDArray[np.int32], adapter: str | None) -> tuple[Slot | None, int]:
-        """The slot that holds the longest beginning of ``tokens``, and its length."""
-        source, shared = None, 0
-        if self._shares_prefixes:
-            for slot in (s for s in self._slots if s.adapter == adapter):
-                # At least one token is left to decode, for its logits.
-                n = min(common_prefix(slot.held, tokens), len(tokens) - 1)
-                if n > shared:
-                    source, shared = slot, n
-        return source, shared
-
-    def _computing_more(self, tokens: NDArray[np.int32], shared: int, adapter: str | None) -> bool:
-        """Whether a prompt being computed will soon share clearly more than ``shared`` tokens."""
-        if not self._shares_prefixes:
-            return False
-        coming = (
-            min(common_prefix(s.sequence.prompt, tokens), len(tokens) - 1)
-            for s in self._slots
-            if s.sequence is not None and not s.sequence.generated and s.adapter == adapter
-        )
-        return max(coming, default=0) >= max(shared, MIN_SHARED) + MIN_SHARED
 
     def _evict_batch_row(self) -> bool:
         """Send the youngest batch row back to the queue; its tokens are kept and computed again later."""
@@ -570,33 +527,14 @@ class CompletionEngine:
     def _preempt(self, slot: Slot) -> None:
         sequence = slot.sequence
         assert sequence is not None  # noqa: S101 - callers choose taken slots
-        self._empty(slot)
+        self._prefixes.empty(slot)
         slot.sequence = None
         sequence.slot, sequence.position = -1, 0
         self._waiting.appendleft(sequence)
 
-    def _empty(self, slot: Slot) -> None:
-        self._context.drop(slot.index)
-        slot.held = np.empty(0, np.int32)
-
-    def _trim(self, slot: Slot) -> None:
-        """Of a finished batch row, keep what others have in common with it.
-
-        Plain attention looks at every cell that is in use, also at those that nobody needs any more.
-        """
-        others = [s.held for s in self._slots if s is not slot and len(s.held)]
-        others += [s.prompt for s in itertools.islice(self._waiting, 4 * len(self._slots))]
-        if others:
-            keep = max(common_prefix(slot.held, tokens) for tokens in others)
-            self._context.drop(slot.index, keep)
-            slot.held = slot.held[:keep]
-
     def _make_room(self) -> bool:
         """Free context cells after a decode found none; False when nothing is left to free."""
-        idle = [s for s in self._slots if s.sequence is None and len(s.held)]
-        if idle:
-            for slot in idle:
-                self._empty(slot)
+        if self._prefixes.make_room():
             return True
         taken = [s for s in self._slots if s.sequence is not None]
         if len(taken) > 1:
@@ -626,7 +564,7 @@ class CompletionEngine:
         if code == ABORTED:
             # Only a batch of cancelled requests, or a closing engine, is aborted; part of it may be stored.
             for sequence, _, _ in planned:
-                self._context.drop(sequence.slot, sequence.position)
+                self._prefixes.take_back(self._slots[sequence.slot], sequence)
         elif code == NO_SPACE:
             if not self._make_room():
                 for sequence, _, _ in planned:
@@ -756,10 +694,8 @@ class CompletionEngine:
         """Take a decode's outcome for one sequence: progress, or a new token."""
         was_prompt = not sequence.generating
         sequence.position += n
-        slot = self._slots[sequence.slot]
-        slot.held = (
-            sequence.tokens(0, sequence.position) if self._shares_prefixes and was_prompt else slot.held
-        )
+        if was_prompt:
+            self._prefixes.holds(self._slots[sequence.slot], sequence.tokens(0, sequence.position))
         if was_prompt and not sequence.generated:
             sequence.stream.put(PromptProgress(sequence.position, len(sequence.prompt), sequence.cached))
         if sequence.position < sequence.length:
@@ -858,12 +794,10 @@ class CompletionEngine:
             slot = self._slots[sequence.slot]
             slot.sequence = None
             slot.released = time.perf_counter()
-            if self._shares_prefixes and reason != "error" and sequence.media is None:
-                slot.held = sequence.tokens(0, sequence.position).copy()
-                if not sequence.interactive and not self._context.flash_attention:
-                    self._trim(slot)
+            if reason != "error" and sequence.media is None:
+                self._prefixes.finished(slot, sequence, self._waiting)
             else:
-                self._empty(slot)
+                self._prefixes.empty(slot)
         sequence.sampler.close()
         if sequence.scores is not None:
             self._finish_scoring(sequence, sequence.scores, reason, error)

@@ -93,13 +93,14 @@ class Sequence:
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """A place for one sequence in the context, and what its memory holds."""
+    """A place for one sequence in the context, and what its memory holds; ``row``: left by a batch row."""
 
     index: int
     sequence: Sequence | None = None
     adapter: str | None = None
     held: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     released: float = 0.0
+    row: bool = False
 
 
 def youth(slot: Slot) -> tuple[bool, float]:

@@ -260,17 +260,9 @@ class Weights:
         return bool(self._lib.llama_model_has_encoder(self.pointer))
 
     @property
-    def has_exact_prefixes(self) -> bool:
-        """Whether a part of a sequence's memory can be kept, copied or dropped exactly.
-
-        Recurrent and hybrid models fold their past into one state, and sliding-window models forget it.
-        """
-        lib, model = self._lib, self.pointer
-        return not (
-            lib.llama_model_is_recurrent(model)
-            or lib.llama_model_is_hybrid(model)
-            or lib.llama_model_n_swa(model) > 0
-        )
+    def window(self) -> int:
+        """Tokens that blocks with a sliding window look back; 0 where no block has one."""
+        return int(self._lib.llama_model_n_swa(self.pointer))
 
     @property
     def has_recurrent_state(self) -> bool:
