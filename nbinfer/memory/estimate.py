@@ -304,6 +304,8 @@ def estimate(
     ram: str | int | None = None,
     projector: str | os.PathLike[str] | None = None,
     draft: str | os.PathLike[str] | None = None,
+    prefix_cache: str | int | None = None,
+    prefix_cache_folder: str | os.PathLike[str] | None = None,
     exact: bool | None = None,
     size: str | Sequence[int] | None = None,
     batch: int = 1,
@@ -341,6 +343,8 @@ def estimate(
         Main memory to plan for; None is what is free here.
     projector, draft
         Files of an image encoder and of a draft model loaded with it.
+    prefix_cache, prefix_cache_folder
+        Bytes for saved states of chats, counted to the most of the overhead; in a folder they take no memory.
     exact
         True asks llama.cpp itself and fails when it cannot be asked; False is formulas alone, in a
         millisecond; None asks where it can.
@@ -396,6 +400,7 @@ def estimate(
         "experts_on_cpu": experts_on_cpu,
         "projector": None if projector is None else read_header(projector),
         "draft": None if draft is None else read_header(draft),
+        "saved": parse_bytes(prefix_cache) if prefix_cache is not None and prefix_cache_folder is None else 0,
         "exact": exact,
     }
     return _estimate(header, name or header.name or header.architecture, options, plan_machine(gpus, ram))
@@ -641,7 +646,9 @@ def _gpu(
 def _add_companions(
     devices: list[DeviceEstimate], options: Mapping[str, Any], here: Machine, settings: Settings
 ) -> None:
-    """Add an image encoder's weights and a draft model, on the first GPU when there is one."""
+    """Add saved states, and an image encoder's weights and a draft model, on the first GPU if there is one."""
+    least, most = devices[0].overhead
+    devices[0] = replace(devices[0], overhead=(least, most + options.get("saved", 0)))
     place = 1 if here.gpus and settings.gpu_layers != 0 else 0
     projector, draft = options.get("projector"), options.get("draft")
     if projector is not None:
