@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import secrets
 import threading
 import time
 from dataclasses import replace
@@ -25,11 +26,20 @@ from nbinfer.contract.errors import (
     SchemaError,
 )
 from nbinfer.contract.modes import Mode
-from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest, RerankRequest, ScoreRequest
+from nbinfer.contract.requests import (
+    CompletionRequest,
+    EmbeddingRequest,
+    ImageRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from nbinfer.contract.results import (
     Delta,
     EmbeddingResult,
     Finished,
+    GeneratedImage,
+    ImageDone,
+    ImageResult,
     PromptProgress,
     RerankResult,
     Result,
@@ -39,6 +49,7 @@ from nbinfer.contract.results import (
     Usage,
 )
 from nbinfer.engines.protocol import EngineLoad
+from nbinfer.engines.remote import images
 from nbinfer.engines.remote.clients import (
     Client,
     ConnectionLostError,
@@ -66,6 +77,7 @@ _MODES: dict[type, Mode] = {
     ScoreRequest: Mode.COMPLETION,
     EmbeddingRequest: Mode.EMBEDDING,
     RerankRequest: Mode.RERANKING,
+    ImageRequest: Mode.IMAGE_GENERATION,
 }
 BATCH_IN_FLIGHT = 32
 """Batch requests sent at once; further ones wait here, and a cell's request need not queue behind them."""
@@ -208,6 +220,8 @@ class RemoteEngine:
     def submit(self, request: Request) -> Stream:
         """Start a request. What the server refuses is raised by the stream, not here."""
         self._check(request)
+        if not self._own and isinstance(request, CompletionRequest):
+            request = _with_seed(request)
         job = _Job(request, time.perf_counter())
         stream = job.stream = Stream(on_cancel=lambda: self._cancel(stream))
         with self._lock:
@@ -230,6 +244,8 @@ class RemoteEngine:
                     "one request gives one answer here: submit it n times with different seeds."
                 )
             completion_body(request, own=self._own)
+        if isinstance(request, ImageRequest):
+            images.image_body(request, self._endpoint.model, own=self._own)
         if isinstance(request, ScoreRequest) and not self._own:
             raise NotSupported("an external server does not score answers; use choices= instead.")
 
@@ -404,6 +420,8 @@ class RemoteEngine:
             return await self._rerank(job, request)
         if isinstance(request, ScoreRequest):
             return await self._score(request)
+        if isinstance(request, ImageRequest):
+            return await self._images(job, request)
         return await self._complete(job, request)
 
     async def _embed(self, job: _Job, request: EmbeddingRequest) -> EmbeddingResult:
@@ -482,6 +500,27 @@ class RemoteEngine:
             model=self._name,
             seconds=float(found["nbinfer"]["seconds"]),
         )
+
+    async def _images(self, job: _Job, request: ImageRequest) -> ImageResult:
+        job.restart()
+        body = images.image_body(request, self._endpoint.model, own=self._own)
+        if not self._own:
+            found = await self._client().post(images.PATH, body)
+            seconds = time.perf_counter() - job.submitted
+            return images.result_from_json(found, request, model=self._name, seconds=seconds)
+        async with contextlib.aclosing(self._client().stream(images.PATH, body)) as chunks:
+            async for chunk in chunks:
+                event = images.event_from_json(chunk)
+                if isinstance(event, ImageDone):
+                    job.began = True
+                    job.images.append(event.image)
+                if event is not None:
+                    job.stream.put(event)
+                elif chunk.get("type") == images.FINISHED:
+                    job.details = chunk["nbinfer"]
+        if job.details is None:
+            raise ConnectionLostError("the answer ended in the middle")
+        return ImageResult(images=tuple(job.images), prompt=request.prompt, model=self._name, **job.details)
 
     # -- completions ------------------------------------------------------------------------------------
 
@@ -563,6 +602,19 @@ class RemoteEngine:
     def _put_interrupted(self, job: _Job) -> None:
         """End a cancelled request with what it has so far."""
         request = job.request
+        if isinstance(request, ImageRequest):
+            seconds = time.perf_counter() - job.submitted
+            params = {"n": request.n, "seed": request.seed}
+            made = ImageResult(
+                images=tuple(job.images),
+                prompt=request.prompt,
+                finish_reason="interrupted",
+                params=params,
+                model=self._name,
+                seconds=seconds,
+            )
+            job.stream.put(Finished(made))
+            return
         if not isinstance(request, CompletionRequest):
             job.stream.fail(EngineError("the request was interrupted."))
             return
@@ -606,6 +658,7 @@ class _Job:
         self.usage: Any = None
         self.calls: list[dict[str, Any]] = []
         self.logprobs: list[TokenLogprob] = []
+        self.images: list[GeneratedImage] = []
 
     @property
     def request_logprobs(self) -> bool:
@@ -664,6 +717,15 @@ class _Job:
             prompt_tokens=(usage or {}).get("prompt_tokens") or 0,
             generated_tokens=(usage or {}).get("completion_tokens") or self.tokens,
         )
+
+
+def _with_seed(request: CompletionRequest) -> CompletionRequest:
+    """Draw the seed here where there is none: a server that draws its own does not say which."""
+    sampling = request.sampling
+    if sampling.seed is not None or sampling.temperature == 0:
+        return request
+    # Some servers read it as a signed number of 32 bits.
+    return replace(request, sampling=replace(sampling, seed=secrets.randbelow(2**31)))
 
 
 def _chosen(text: str, request: CompletionRequest) -> str:
