@@ -417,4 +417,4 @@ def _count(name: str, value: Any) -> int:
 def _whole(name: str, value: Any, *, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name}={value!r:.60}: it is a whole number, {least} or more.")
-    return value
+    return int(value)

@@ -99,8 +99,13 @@ class CompletionEngine:
         self._generated = self._computed = 0
         self._llm: Any = None
         self._engine: Any = None
-        self._host = Host(
-            name,
+        self._host = self._make_host(settings, variables, threads)
+        self._host.start()
+
+    def _make_host(self, settings: Mapping[str, Any], variables: Mapping[str, str], threads: int) -> Host:
+        """Return what loads the model and runs :meth:`_serve` in a thread."""
+        return Host(
+            self._name,
             {**settings, "max_logprobs": -1, "disable_log_stats": True, "use_tqdm_on_load": False},
             variables,
             threads=threads,
@@ -108,7 +113,6 @@ class CompletionEngine:
             serve=self._serve,
             stopped=self._fail_all,
         )
-        self._host.start()
 
     def _prepare(self, llm: Any) -> None:
         """Read back what was loaded, and generate one token: some models fail only then."""

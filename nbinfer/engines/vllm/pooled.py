@@ -70,8 +70,13 @@ class PooledEngine:
         self._running = self._done_tokens = 0
         self._current: _Job | None = None
         self._llm: Any = None
-        self._host = Host(
-            name,
+        self._host = self._make_host(given, variables, threads)
+        self._host.start()
+
+    def _make_host(self, given: VllmArguments, variables: Mapping[str, str], threads: int) -> Host:
+        """Return what loads the model and runs :meth:`_serve` in a thread."""
+        return Host(
+            self._name,
             {**given.engine, "disable_log_stats": True, "use_tqdm_on_load": False},
             variables,
             threads=threads,
@@ -79,7 +84,6 @@ class PooledEngine:
             serve=self._serve,
             stopped=self._fail_all,
         )
-        self._host.start()
 
     def _prepare(self, llm: Any) -> None:
         """Read back what was loaded, and run it once: some models fail only then."""

@@ -22,8 +22,8 @@ BATCH_INTERVAL = 32
 _LEAST_TOP_P = 1e-6
 
 
-def sampling_params(request: CompletionRequest, *, seed: int, limit: int, each: bool) -> Any:
-    """Return the ``vllm.SamplingParams`` of a request.
+def sampling_words(request: CompletionRequest, *, seed: int, limit: int) -> dict[str, Any]:
+    """Return how an answer's tokens are chosen, as JSON-able values: vLLM's server takes the same words.
 
     Parameters
     ----------
@@ -31,12 +31,7 @@ def sampling_params(request: CompletionRequest, *, seed: int, limit: int, each: 
         Seed of the draw, where one is made.
     limit
         Tokens of the answer at most.
-    each
-        Whether every token is handed on at once.
     """
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
     sampling = request.sampling
     words: dict[str, Any] = {
         "temperature": sampling.temperature,
@@ -45,7 +40,6 @@ def sampling_params(request: CompletionRequest, *, seed: int, limit: int, each: 
         "repetition_penalty": sampling.repeat_penalty,
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
-        "output_kind": RequestOutputKind.DELTA,
     }
     if sampling.temperature > 0:
         words |= {
@@ -58,9 +52,28 @@ def sampling_params(request: CompletionRequest, *, seed: int, limit: int, each: 
         words["logit_bias"] = dict(sampling.logit_bias)
     if request.constraint is not None:
         words["structured_outputs"] = _structured(request.constraint)
+    return words
+
+
+def sampling_params(request: CompletionRequest, *, seed: int, limit: int, each: bool) -> Any:
+    """Return the ``vllm.SamplingParams`` of a request.
+
+    Parameters
+    ----------
+    seed, limit
+        As for :func:`sampling_words`.
+    each
+        Whether every token is handed on at once.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    words = sampling_words(request, seed=seed, limit=limit)
+    if "structured_outputs" in words:
+        words["structured_outputs"] = StructuredOutputsParams(**words["structured_outputs"])
     if not each and "stream_interval" in SamplingParams.__struct_fields__:
         words["stream_interval"] = BATCH_INTERVAL
-    return SamplingParams(**words)
+    return SamplingParams(**words, output_kind=RequestOutputKind.DELTA)
 
 
 def scoring_params(tokens: Sequence[int]) -> Any:
@@ -70,17 +83,15 @@ def scoring_params(tokens: Sequence[int]) -> Any:
     return SamplingParams(temperature=0.0, max_tokens=1, logprob_token_ids=list(tokens), detokenize=False)
 
 
-def _structured(constraint: Constraint) -> Any:
-    from vllm.sampling_params import StructuredOutputsParams
-
+def _structured(constraint: Constraint) -> dict[str, Any]:
     kind, value = constraint.kind, constraint.value
     if kind in ("json_schema", "json"):
         schema = {"type": "object"} if value is None else dict(value)
         # llguidance reads its options in the schema itself.
-        return StructuredOutputsParams(json={"x-guidance": JSON_STYLE, **schema})
+        return {"json": {"x-guidance": JSON_STYLE, **schema}}
     if kind == "regex":
-        return StructuredOutputsParams(regex=value)
-    return StructuredOutputsParams(grammar=lark_text(constraint))
+        return {"regex": value}
+    return {"grammar": lark_text(constraint)}
 
 
 class Constraints:
