@@ -308,8 +308,10 @@ def _sweep_figure(frame: pd.DataFrame, options: Mapping[str, Sequence[Any]], mod
             if free < top:
                 ax.axhline(free / unit, color=INK, linestyle="--", linewidth=1.4)
             ax.set_ylim(0, top / unit)
-        words = f"{human_bytes(free)} free" + ("" if free < top else ", far above")
-        _write(row[0], -0.45, min(free, top) / unit, words, va="bottom" if free < top else "top")
+        words = f" {human_bytes(free)}\n free" + ("" if free < top else ",\n far above")
+        side = row[-1].get_yaxis_transform()  # beside the axes: on a bar it could not be read
+        at = min(free, top) / unit
+        _write(row[-1], 1.0, at, words, transform=side, va="center" if free < top else "top")
         row[0].set_ylabel(f"{_short(device)} ({word})", color=INK)
     for ax, panel in zip(axes[0], panels, strict=True):
         if panel is not None:
@@ -485,6 +487,10 @@ _BESIDE = (
     (-6, 0, "right", "center"),
     (0, 7, "center", "bottom"),
     (0, -7, "center", "top"),
+    (-5, 5, "right", "bottom"),
+    (-5, -5, "right", "top"),
+    (5, 5, "left", "bottom"),
+    (5, -5, "left", "top"),
 )
 
 

@@ -16,6 +16,7 @@ from IPython.core.error import UsageError
 from nbinfer import session
 from nbinfer.contract.errors import short_interrupt
 from nbinfer.contract.results import Result
+from nbinfer.display.code import code_block
 from nbinfer.display.sinks import (
     JupyterSink,
     NullSink,
@@ -316,9 +317,7 @@ def dry_run(
         request = found.request(messages=[*history, {"role": "user", "content": prompt}], **options)
     text, tokens = found.engine.render(request)
     words = f"{found.name}: {tokens} of {found.info.context_size} tokens; nothing was run"
-    shown = page(
-        f"<pre><code>{escape(text)}</code></pre>", f'<div class="nbinfer-foot">{escape(words)}</div>'
-    )
+    shown = page(code_block(text), f'<div class="nbinfer-foot">{escape(words)}</div>')
     display(  # type: ignore[no-untyped-call]
         {"text/plain": f"{printable(text)}\n[{printable(words)}]", "text/html": shown}, raw=True
     )
