@@ -844,7 +844,8 @@ def load(
     mode
         ``completion``, ``embedding``, ``reranking`` or ``image-generation``; None reads it from the file.
     context_size
-        Tokens of prompt and answer together; -1 is the trained maximum; None is that, up to 4,096.
+        Tokens of prompt and answer together; -1 is the trained maximum; None is that, up to 4,096
+        (2,048 for embeddings and ranking).
     keep_alive
         How long the model stays loaded while idle: ``"5m"``, seconds, or a timedelta. None (the default for
         a model in the kernel, where a variable of yours holds it) and -1: until it is unloaded. In the

@@ -8,6 +8,10 @@ from __future__ import annotations
 CONTEXT = 4096
 """Tokens of context, or what the model was trained for when that is less."""
 
+POOLED_CONTEXT = 2048
+"""The same for embeddings and ranking. llama.cpp takes a row of logits for each token of the longest text,
+also where nobody reads them: at a vocabulary of 250,000 these are 2 GB."""
+
 PARALLEL = 17
 """Sequences at once: sixteen batch rows, four of llama.cpp's blocks of four, and a cell. A model with a
 recurrent state, which is paid for per sequence, takes one."""

@@ -319,7 +319,8 @@ def estimate(
     mode
         What it would be loaded for; None reads it from the header.
     context_size
-        Tokens; -1 is the trained maximum, None what ``nb.load`` takes by itself (that, up to 4,096).
+        Tokens; -1 is the trained maximum, None what ``nb.load`` takes by itself (that, up to 4,096, and up to
+        2,048 for embeddings and ranking).
     parallel
         Sequences at once; None is what ``nb.load`` takes.
     kv_type
@@ -483,7 +484,8 @@ def _settings(shape: Shape, header: Header, options: Mapping[str, Any], here: Ma
     pooled = mode in (Mode.EMBEDDING, Mode.RERANKING)
     size = options["context_size"]
     trained = shape.trained_context or defaults.CONTEXT
-    size = trained if size == -1 else min(trained, defaults.CONTEXT) if size is None else size
+    usual_size = defaults.POOLED_CONTEXT if pooled else defaults.CONTEXT
+    size = trained if size == -1 else min(trained, usual_size) if size is None else size
     usual = 1 if shape.recurrent else defaults.POOLED_PARALLEL if pooled else defaults.PARALLEL
     parallel = options["parallel"] or usual
     batch = size if pooled else min(options["batch_size"] or defaults.BATCH, max(size, defaults.LEAST_BATCH))
@@ -646,7 +648,7 @@ def _gpu(
 def _add_companions(
     devices: list[DeviceEstimate], options: Mapping[str, Any], here: Machine, settings: Settings
 ) -> None:
-    """Add saved states, and an image encoder's weights and a draft model, on the first GPU if there is one."""
+    """Add saved states; on the first GPU, if there is one, an image encoder's weights and a draft model."""
     least, most = devices[0].overhead
     devices[0] = replace(devices[0], overhead=(least, most + options.get("saved", 0)))
     place = 1 if here.gpus and settings.gpu_layers != 0 else 0

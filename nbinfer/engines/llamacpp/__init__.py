@@ -68,7 +68,7 @@ def open_engine(
         The GGUF file, or the first of a split one.
     context_size
         Tokens of context, shared by all sequences; -1 is the trained maximum; None is the trained maximum
-        up to 4,096.
+        up to 4,096, and up to 2,048 for embeddings and ranking.
     parallel
         Sequences decoded at once; None chooses by model and mode.
     gpu_layers

@@ -84,7 +84,8 @@ class Context:
         self._weights = weights
         trained = weights.trained_context_size
         asked = settings.context_size
-        size = trained if asked == -1 else asked or min(trained, defaults.CONTEXT)
+        usual_size = defaults.POOLED_CONTEXT if pooled else defaults.CONTEXT
+        size = trained if asked == -1 else asked or min(trained, usual_size)
         threads = settings.threads or default_threads()
         params = lib.llama_context_default_params()
         params.n_ctx = size
