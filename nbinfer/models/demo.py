@@ -2,7 +2,8 @@
 
 ``demo`` is a chat model of 0.9 million parameters that ships inside the package. ``demo-embed`` is
 all-MiniLM-L6-v2: its weights come from a package on the Python package index and are converted once, into the
-cache folder. ``demo-image`` is an image pipeline with random weights, made by diffusers' own classes.
+cache folder. ``demo-hf`` is ``demo`` in Hugging Face's form, made on first use too. ``demo-image`` is an
+image pipeline with random weights, made by diffusers' own classes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbinfer.contract.errors import ModelLoadError, ModelNotFound
 from nbinfer.models.cache import CACHE_VARIABLE, cache_dir
+from nbinfer.models.demo_hf import demo_hf_folder, demo_hf_path
 from nbinfer.models.demo_image import demo_image_folder, demo_image_path
 from nbinfer.models.minilm import SOURCE_FILES, convert_minilm
 
@@ -120,6 +122,7 @@ DEMO_MODELS: Mapping[str, Callable[[], Path]] = {
     "demo": demo_path,
     "demo-embed": demo_embed_path,
     "demo-vision": demo_vision_path,
+    "demo-hf": lambda: demo_hf_path(demo_path()),
     "demo-image": demo_image_path,
 }
 """Each demo model's name, and the function that finds its file or makes it."""
@@ -127,7 +130,11 @@ DEMO_MODELS: Mapping[str, Callable[[], Path]] = {
 
 def demo_models_on_disk() -> dict[str, Path]:
     """Return the demo models whose files are there already, by name; makes nothing."""
-    made = {"demo-embed": cache_dir("models") / _EMBED_FILE, "demo-image": demo_image_folder()}
+    made = {
+        "demo-embed": cache_dir("models") / _EMBED_FILE,
+        "demo-hf": demo_hf_folder(),
+        "demo-image": demo_image_folder(),
+    }
     paths = {name: made[name] if name in made else find() for name, find in DEMO_MODELS.items()}
     return {name: path for name, path in paths.items() if path.exists()}
 

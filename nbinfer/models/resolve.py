@@ -96,10 +96,10 @@ def resolve(
     Parameters
     ----------
     ref
-        ``demo``, ``demo-embed``, ``demo-vision``; the path of a GGUF file or of a folder with one model; an
-        alias; ``hf:OWNER/REPO`` with ``:Q4_K_M``, ``@REVISION`` or ``/FILE.gguf``; ``ollama:NAME[:TAG]``,
-        ``lmstudio:PUBLISHER/MODEL[:QUANT]``, ``docker:NAME[:TAG]``, ``llama.cpp:FILE``; an ``https://``
-        address of a GGUF file; or a name that ``nbinfer.models()`` shows.
+        ``demo``, ``demo-hf``, ``demo-embed``, ``demo-vision``; the path of a GGUF file or of a folder with
+        one model; an alias; ``hf:OWNER/REPO`` with ``:Q4_K_M``, ``@REVISION`` or ``/FILE.gguf``;
+        ``ollama:NAME[:TAG]``, ``lmstudio:PUBLISHER/MODEL[:QUANT]``, ``docker:NAME[:TAG]``,
+        ``llama.cpp:FILE``; an ``https://`` address of a GGUF file; or a name that ``nbinfer.models()`` shows.
     aliases
         Names of the user's own, each for another reference.
     download

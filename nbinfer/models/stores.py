@@ -155,7 +155,7 @@ def _demo() -> Iterator[FoundModel]:
     from nbinfer.models.demo import demo_models_on_disk
 
     for name, path in demo_models_on_disk().items():
-        folder = pipeline_model(path)
+        folder = pipeline_model(path) or safetensors_model(path)
         files = folder or next(files for files in gguf_models(path.parent) if files.paths[0] == path)
         yield _model("demo", name, files)
 
