@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 import signal
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _GPU_MEMORY = (
     "the GPU ran out of memory",
@@ -27,28 +31,12 @@ _SIGNS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         ),
         (r"ggml_metal\w*:.*failed to allocate|failed to allocate (?:CUDA|Metal|Vulkan)", *_GPU_MEMORY),
         (
-            r"Free memory on device.*less than desired GPU memory utilization",
-            "another program uses the GPU's memory",
-            "close it, or lower vllm.gpu-memory-utilization.",
-        ),
-        (
-            r"No available memory for the cache blocks|larger than the maximum number of tokens that can be "
-            r"stored in KV cache",
-            "no GPU memory is left for the KV cache",
-            "use a smaller context_size, or raise vllm.gpu-memory-utilization.",
-        ),
-        (
             r"std::bad_alloc|Cannot allocate memory|failed to allocate.*buffer|MemoryError",
             "the machine ran out of memory",
             "use a smaller context_size or a smaller quantisation, or unload other models.",
         ),
         (
             r"unknown model architecture: '?([\w.-]+)",
-            "the architecture {0} is not known to this engine",
-            "update the backend, or use a backend that knows it.",
-        ),
-        (
-            r"Model architectures? \[?'?([\w.-]+)'?\]? (?:are|is) not supported",
             "the architecture {0} is not known to this engine",
             "update the backend, or use a backend that knows it.",
         ),
@@ -124,14 +112,17 @@ class CrashReport:
         The exit code or signal, in words.
     log
         The end of its output, 64 KiB or more of it where there was as much.
+    evidence
+        The part of it that tells why.
     """
 
     headline: str
     ending: str
     log: str
+    evidence: str
 
     def __str__(self) -> str:
-        last = [line.strip() for line in self.log.splitlines() if line.strip()][-2:]
+        last = [line.strip() for line in self.evidence.splitlines() if line.strip()][-2:]
         return "\n".join([f"{self.headline} ({self.ending})", *(f"  | {line[:200]}" for line in last)])
 
 
@@ -146,7 +137,14 @@ def exit_words(code: int) -> str:
         return f"signal {-code}"
 
 
-def explain(code: int, log: str, *, what: str = "the model's process") -> CrashReport:
+def explain(
+    code: int,
+    log: str,
+    *,
+    what: str = "the model's process",
+    evidence: str | None = None,
+    known: Callable[[str], tuple[str, str] | None] = lambda _: None,
+) -> CrashReport:
     """Return why a process ended, from its exit code and its output.
 
     Parameters
@@ -157,18 +155,30 @@ def explain(code: int, log: str, *, what: str = "the model's process") -> CrashR
         The end of its output.
     what
         How the report calls the process.
+    evidence
+        The part of the log that tells why; None: all of it.
+    known
+        Returns cause and fix for messages that only this process writes.
     """
-    ending = exit_words(code)
+    evidence = log if evidence is None else evidence
+
+    def report(cause: str, fix: str = "") -> CrashReport:
+        advice = f". Fix: {fix.removesuffix('.')}." if fix else ""
+        return CrashReport(f"{what} ended{cause}{advice}", exit_words(code), log, evidence)
+
+    found = known(evidence)
+    if found is not None:
+        return report(f": {found[0]}", found[1])
     for pattern, cause, fix in _SIGNS:
-        found = pattern.search(log)
-        if found is not None:
-            name = next((group for group in found.groups() if group), "") if found.groups() else ""
-            return CrashReport(f"{what} ended: {cause.format(name)}. Fix: {fix}", ending, log)
-    name = ending.rpartition(" ")[2] if code < 0 else ""
+        match = pattern.search(evidence)
+        if match is not None:
+            name = next((group for group in match.groups() if group), "") if match.groups() else ""
+            return report(f": {cause.format(name)}", fix)
+    name = exit_words(code).rpartition(" ")[2] if code < 0 else ""
     if name in _SIGNALS:
         cause, fix = _SIGNALS[name]
-        return CrashReport(f"{what} ended: {cause}. Fix: {fix}", ending, log)
-    errors = _PYTHON_ERROR.findall(log)
+        return report(f": {cause}", fix)
+    errors = _PYTHON_ERROR.findall(evidence)
     if errors:
-        return CrashReport(f"{what} ended: {errors[-1][0]}: {errors[-1][1][:300]}", ending, log)
-    return CrashReport(f"{what} ended unexpectedly", ending, log)
+        return report(f": {errors[-1][0]}: {errors[-1][1][:300]}")
+    return report(" unexpectedly")

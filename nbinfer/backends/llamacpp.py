@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbinfer.backends.disk import disk_usage
+from nbinfer.backends.hardware import gpu_kind as _gpu
 from nbinfer.contract import status as words
 from nbinfer.contract.errors import BackendUnavailable, ConfigError, NotSupported
 from nbinfer.contract.modes import Mode
@@ -49,7 +50,6 @@ _BUILDS = {
     "musa": "MUSA",
     "cann": "CANN",
 }
-_NVIDIA_TRACES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
 _PROBE_SECONDS = 30
 _PROBE = """
 import ctypes, os, sys
@@ -285,16 +285,6 @@ def install_line(*, again: bool = False) -> str:
 
 def _quote(text: str) -> str:
     return f'"{text}"' if sys.platform == "win32" else f"'{text}'"
-
-
-def _gpu() -> str | None:
-    """Return which kind of GPU this machine has, from traces that the driver leaves; None: none was seen."""
-    if sys.platform == "darwin":
-        return "Metal" if os.uname().machine == "arm64" else None
-    if sys.platform == "win32":
-        system = Path(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32")
-        return "CUDA" if (system / "nvcuda.dll").exists() else None
-    return "CUDA" if any(Path(trace).exists() for trace in _NVIDIA_TRACES) else None
 
 
 def _package() -> Path | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from nbinfer.backends import llamacpp
+from nbinfer.backends import hardware, llamacpp
 from nbinfer.backends.disk import disk_usage
 from nbinfer.backends.llamacpp import LlamaCppBackend, install_line
 from nbinfer.backends.vllm import VllmBackend
@@ -191,10 +191,10 @@ def test_the_install_line_is_the_exact_command(
 def test_an_nvidia_gpu_is_seen_by_the_traces_of_its_driver(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(llamacpp, "_NVIDIA_TRACES", (str(tmp_path / "version"),))
-    assert llamacpp._gpu() is None
+    monkeypatch.setattr(hardware, "_NVIDIA_TRACES", (str(tmp_path / "version"),))
+    assert hardware.gpu_kind() is None
     (tmp_path / "version").touch()
-    assert llamacpp._gpu() == "CUDA"
+    assert hardware.gpu_kind() == "CUDA"
 
 
 def test_the_supported_versions_are_those_of_the_package_metadata() -> None:
