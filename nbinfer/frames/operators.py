@@ -202,8 +202,9 @@ def complete(
         the "head", the "tail" or both ends ("middle" is cut out), with room for the answer; the column
         ``truncated`` then says which rows were cut.
     keep
-        Whether a frame's own columns stay. Columns that an earlier call left under the same name are replaced
-        (pandas and pyarrow, whose frames remember it), so that ``df = nb.complete(df, …)`` can run again.
+        Whether a frame's own columns stay. Columns that an earlier call left under the same name are
+        replaced, so that ``df = nb.complete(df, …)`` can run again. Frames of pandas and pyarrow carry that
+        along; of polars, only the very frame that came back is known.
     progress
         None chooses by where it runs; True or False; or an object with ``update`` and ``close``.
     max_tokens, temperature, seed

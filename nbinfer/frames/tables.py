@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -96,6 +97,8 @@ class Table:
         if self.family == "pyarrow" and self.kind == "frame":
             raw = (self.native.schema.metadata or {}).get(META_KEY.encode())
             return json.loads(raw) if raw else None
+        if self.family == "polars" and self.kind == "frame":
+            return _polars_made.info(self.native)
         return None
 
     # -- writing ------------------------------------------------------------------------------------------
@@ -204,9 +207,13 @@ class Table:
             import polars as pl
 
             new = [_to_polars(array).alias(name) for name, array in columns.items()]
-            if not keep:
-                return pl.DataFrame(new)
-            return (self.native if rows is None else self.native[rows]).with_columns(new)
+            out = pl.DataFrame(new)
+            if keep:
+                own = self.native.drop(sorted(old))
+                out = (own if rows is None else own[rows]).with_columns(new)
+            if info is not None:
+                _polars_made.remember(out, chain(info, self.provenance(), old))
+            return out
         import pyarrow as pa
 
         if keep:
@@ -221,6 +228,24 @@ class Table:
             metadata[META_KEY.encode()] = json.dumps(chain(info, self.provenance(), old)).encode()
             table = table.replace_schema_metadata(metadata)
         return table
+
+
+class _Made:
+    """What made a frame that has no place to say it: known for as long as that very frame is there."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Any], dict[str, Any]]] = {}
+
+    def remember(self, frame: Any, info: dict[str, Any]) -> None:
+        key = id(frame)
+        self._known[key] = (weakref.ref(frame, lambda _: self._known.pop(key, None)), info)
+
+    def info(self, frame: Any) -> dict[str, Any] | None:
+        reference, info = self._known.get(id(frame), (None, None))
+        return dict(info) if info is not None and reference is not None and reference() is frame else None
+
+
+_polars_made = _Made()
 
 
 def chain(

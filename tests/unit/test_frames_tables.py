@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import pytest
 from support.frames import chat_model
 
 from nbinfer.contract.errors import RequestError
-from nbinfer.frames import complete
+from nbinfer.frames import complete, tables
 from nbinfer.frames.tables import read
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ def test_a_taken_name_raises_before_any_work() -> None:
     )
 
 
-@pytest.mark.parametrize("make", [pd.DataFrame, pa.table])
+@pytest.mark.parametrize("make", [pd.DataFrame, pl.DataFrame, pa.table])
 def test_a_cell_that_replaces_its_own_frame_can_run_again(make: Any) -> None:
     frame = make({"text": ["a", "b"], "mine": [1, 2]})
     out = complete(frame, on="text", model=chat_model(), cache=False)
@@ -265,6 +266,18 @@ def test_a_cell_that_replaces_its_own_frame_can_run_again(make: Any) -> None:
     made = read(again).provenance()
     assert made is not None
     assert [entry["params"]["name"] for entry in (made, *made["earlier"])] == ["completion", "second"]
+
+
+def test_a_polars_frame_is_known_until_it_is_changed() -> None:
+    out = complete(pl.DataFrame({"text": ["a"]}), on="text", model=chat_model())
+    changed = out.with_columns(other=pl.lit(1))
+    with pytest.raises(RequestError, match="rename the column or drop it"):
+        complete(changed, on="text", model=chat_model())
+    assert read(changed).provenance() is None
+    known = len(tables._polars_made._known)
+    del out
+    gc.collect()
+    assert len(tables._polars_made._known) == known - 1
 
 
 def test_columns_that_a_person_made_are_never_replaced() -> None:
