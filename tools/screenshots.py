@@ -85,7 +85,8 @@ def jupyter_lab(folder: Path, home: Path) -> Iterator[str]:
         "--ServerApp.ip=127.0.0.1",
     ]
     command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}"]
-    command += [f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"]
+    command += [f"--ServerApp.root_dir={folder}"]
+    command += [f"--{app}.expose_app_in_browser=True" for app in ("LabApp", "JupyterNotebookApp")]
     command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=null"]
     log = (home / "server.log").open("wb")
     server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)  # noqa: S603 - our own words
@@ -120,9 +121,10 @@ def wait_until_run(page: Page, seconds: float) -> None:
     raise SystemExit(f"the notebook did not finish in {seconds:g} s.")
 
 
-def open_notebook(page: Page, address: str, name: str) -> None:
-    """Open a notebook in a workspace of its own and wait for its kernel."""
-    page.goto(f"{address}/lab/workspaces/{uuid.uuid4().hex}/tree/{name}?token={TOKEN}")
+def open_notebook(page: Page, address: str, name: str, *, app: str = "lab") -> None:
+    """Open a notebook in ``lab`` (a workspace of its own) or ``notebook`` (7) and wait for its kernel."""
+    at = f"lab/workspaces/{uuid.uuid4().hex}/tree" if app == "lab" else "notebooks"
+    page.goto(f"{address}/{at}/{name}?token={TOKEN}")
     for _ in range(60):
         try:
             page.evaluate(READY)

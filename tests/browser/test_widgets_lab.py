@@ -1,4 +1,4 @@
-"""The panel in JupyterLab, with a kernel behind it that may be idle, busy, restarted or not there at all."""
+"""The panel in JupyterLab and in Notebook 7, with a kernel that may be idle, busy, restarted or not there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.axe import violations
 from support.kernel import WITH_FAKE
-from support.lab import SHOTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.browser
 
-# A machine with a GPU that nobody has, and a request that never ends.
+# A machine with a GPU that nobody has, a request that never ends, and a runner that has crashed.
 PANEL = f"""{WITH_FAKE}
 from support.planner import FakePlanner
 from nbinfer.widgets import show
@@ -29,6 +28,7 @@ stream = session.find("fake").stream("Tell me a story that never ends")
 controller = Controller(FakePlanner())
 controller.look()
 controller.look_around()
+controller.say("other: the model's process ended: killed by SIGKILL.", kind="error", log="last words\\n" * 40)
 panel = show("panel", controller)
 panel
 """
@@ -44,6 +44,7 @@ for thread in threads:
     thread.join(20)
 print("left:", len(comm.get_comm_manager().comms) - before, [t.name for t in threads if t.is_alive()])
 """
+VIEWS = "print('views:', len(controller._views))"
 _WORDS = "() => document.querySelector('.jp-Notebook').innerText"
 _RESTART = """async () => {
   const session = window.jupyterapp.shell.currentWidget.sessionContext.session;
@@ -52,20 +53,20 @@ _RESTART = """async () => {
 
 
 @contextmanager
-def _panel(lab: Lab, name: str) -> Iterator[Tab]:
+def _panel(lab: Lab, name: str, *, app: str = "lab") -> Iterator[Tab]:
     """Open a notebook whose first cell has shown a panel."""
-    lab.write(name, PANEL, BUSY, LEFT)
-    with lab.tab(name, width=1100, height=1500) as tab:
+    lab.write(name, PANEL, BUSY, LEFT, VIEWS, "panel")
+    with lab.tab(name, app=app, width=1100, height=1700) as tab:
         tab.page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
         tab.run(0)
         tab.page.get_by_role("region", name="nbinfer panel").wait_for()
         yield tab
 
 
-@pytest.fixture(scope="module")
-def shared(lab: Lab) -> Iterator[Tab]:
-    """One panel for the tests that leave it as it was."""
-    with _panel(lab, "shared.ipynb") as tab:
+@pytest.fixture(scope="module", params=["lab", "notebook"])
+def shared(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Tab]:
+    """One panel in each application, for the tests that leave it as it was."""
+    with _panel(lab, f"shared-{request.param}.ipynb", app=request.param) as tab:
         yield tab
 
 
@@ -76,36 +77,49 @@ def own(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Tab]:
         yield tab
 
 
-def test_it_is_drawn_in_both_themes_and_asks_nobody_beyond_this_machine(shared: Tab) -> None:
-    panel = shared.page.get_by_role("region", name="nbinfer panel")
-    panel.get_by_text("3 GiB of 16 GiB used").wait_for()
-    for theme in ("light", "dark"):
-        shared.theme(theme)
-        shared.page.locator("#jupyterlab-splash").wait_for(state="detached")
-        shared.shot(f"panel-lab-{theme}")
-    assert panel.get_by_text("Tell me a story that never ends").count() == 1
-    assert (shared.strays, shared.errors) == ([], [])
+def _plan_too_much(page: Any) -> Any:
+    """Plan the demo model with more context than there is room for; return the slider."""
+    page.get_by_role("button", name="Plan demo", exact=True).press("Enter")
+    page.locator("output").get_by_text("4,096 tokens").wait_for()
+    slider = page.get_by_role("slider", name="Context")
+    slider.press("End")
+    page.locator(".nbinfer-w-verdict").get_by_text("does not fit", exact=True).wait_for()
+    page.get_by_text("exact: llama.cpp's own plan", exact=True).wait_for()
+    return slider
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_screen_reader_finds_nothing_wrong(shared: Tab, theme: str) -> None:
+def test_nothing_is_asked_of_others_nothing_fails_and_a_screen_reader_finds_all(
+    shared: Tab, theme: str
+) -> None:
+    page = shared.page
+    panel = page.get_by_role("region", name="nbinfer panel")
+    _plan_too_much(page)
+    for summary in panel.locator("details:not([open]) > summary").all():
+        if summary.is_visible():
+            summary.press("Enter")
     shared.theme(theme)
-    assert violations(shared.page, ".nbinfer-w") == []
+    page.locator("#jupyterlab-splash").wait_for(state="detached")
+    shared.shot(f"panel-{shared.app}-{theme}")
+    for words in ("3 GiB of 16 GiB used", "Tell me a story that never ends", "last words"):
+        assert panel.get_by_text(words).first.is_visible()
+    assert violations(page, ".nbinfer-w") == []
+    assert (shared.strays, shared.errors) == ([], [])
 
 
 def test_a_slider_is_answered_by_the_formula_and_then_exactly(shared: Tab) -> None:
     page = shared.page
-    page.get_by_role("button", name="Plan demo", exact=True).press("Enter")
-    slider = page.get_by_role("slider", name="Context")
-    slider.wait_for()
-    slider.press("End")
-    page.get_by_text("does not fit").first.wait_for()
-    page.get_by_text("exact: llama.cpp's own plan", exact=True).wait_for()
+    slider = _plan_too_much(page)
     page.get_by_role("button", name="context 16,384").press("Enter")
     page.locator(".nbinfer-w-verdict").get_by_text("fits", exact=True).wait_for()
     assert slider.get_attribute("aria-valuetext") == "16,384 tokens"
-    # Keys of the notebook did not reach it: no cell was added, removed or cut.
-    assert page.locator(".jp-CodeCell").count() == 3
+    # The keys of the notebook's command mode do not reach it: no cell is removed, added, cut or left.
+    for key in "ddbax":
+        slider.press(key)
+        page.get_by_role("button", name="Plan demo", exact=True).press(key)
+    page.get_by_label("KV cache type").press("ArrowDown")
+    assert page.get_by_label("KV cache type").input_value() == "q8_0"
+    assert page.locator(".jp-CodeCell").count() == 5
 
 
 def test_the_demo_model_is_loaded_and_unloaded_with_the_keyboard_alone(shared: Tab) -> None:
@@ -114,12 +128,19 @@ def test_the_demo_model_is_loaded_and_unloaded_with_the_keyboard_alone(shared: T
     load = page.get_by_role("button", name="Load", exact=True)
     load.wait_for()
     page.get_by_role("slider", name="Context").press("Home")
+    keep = page.get_by_label("and keep it")
+    keep.press("ArrowDown")
+    assert keep.input_value() == "5m"
     load.press("Enter")
     unload = page.get_by_role("button", name="Unload demo", exact=True)
     unload.wait_for()
     page.get_by_text("demo is loaded").wait_for()
+    # Idle from now on: the time that is left is counted down.
+    page.get_by_text("unloads in 4 min 57 s").wait_for()
     unload.press("Enter")
     unload.wait_for(state="detached")
+    page.get_by_role("button", name="Dismiss this message").last.press("Enter")
+    page.get_by_text("demo is loaded").wait_for(state="detached")
 
 
 def test_a_request_is_stopped_from_the_panel(own: Tab) -> None:
@@ -137,7 +158,7 @@ def test_a_busy_kernel_is_said_and_stop_does_not_pretend(shared: Tab) -> None:
     )
     page.get_by_text("A cell is running. Buttons act when it ends").wait_for()
     assert stop.is_disabled()
-    shared.shot("panel-lab-busy")
+    shared.shot(f"panel-{shared.app}-busy")
     page.get_by_text("A cell is running. Buttons act when it ends").wait_for(state="hidden")
     assert stop.is_enabled()
 
@@ -154,6 +175,27 @@ def test_a_closed_panel_leaves_no_thread_and_no_comm(own: Tab) -> None:
     own.run(2)
     own.page.get_by_text("left: -2 []").wait_for()  # the view's and its layout's
     assert own.page.get_by_role("region", name="nbinfer panel").count() == 0
+
+
+def test_a_panel_that_was_shut_and_opened_again_lives_and_is_not_counted_twice(own: Tab) -> None:
+    page = own.page
+    own.save()
+    own.open()
+    page.get_by_text("3 GiB of 16 GiB used").wait_for()
+    assert page.get_by_role("button", name="Stop: Tell me a story that never ends").is_enabled()
+    own.run(3)
+    page.get_by_text("views: 1", exact=True).wait_for()
+    own.shot("panel-lab-opened-again")
+    assert own.errors == []
+
+
+def test_a_closed_panel_that_is_shown_again_is_a_picture_that_says_so(own: Tab) -> None:
+    own.run(2)
+    own.page.get_by_text("left: -2 []").wait_for()
+    own.run(4)
+    own.page.get_by_text("This widget is closed").wait_for()
+    own.shot("panel-lab-closed")
+    assert own.errors == []
 
 
 def test_an_untrusted_notebook_shows_the_still_picture(own: Tab, lab: Lab) -> None:
@@ -191,28 +233,3 @@ def test_the_real_panel_plans_loads_and_measures_what_it_planned(lab: Lab) -> No
         assert measured == estimated
         tab.shot("panel-lab-real")
         assert (tab.strays, tab.errors) == ([], [])
-
-
-def test_notebook_7_shows_it_too(lab: Lab) -> None:
-    pytest.importorskip("notebook", reason="Notebook 7 is not installed")
-    from screenshots import TOKEN
-
-    lab.write("seven.ipynb", PANEL)
-    page, strays, errors = lab.browser.new_page(viewport={"width": 1000, "height": 1500}), [], []
-    page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
-    own = (f"{lab.address}/", f"ws{lab.address.removeprefix('http')}/", "data:", "blob:")
-    page.on("request", lambda r: None if r.url.startswith(own) else strays.append(r.url))
-    page.goto(f"{lab.address}/notebooks/seven.ipynb?token={TOKEN}")
-    panel = page.get_by_role("region", name="nbinfer panel")
-    editor = page.locator(".jp-CodeCell .cm-content").first
-    for _ in range(10):  # a cell that is run before the kernel listens is not run
-        editor.click()
-        page.keyboard.press("Control+Enter")
-        page.wait_for_timeout(3000)
-        if panel.count():
-            break
-    panel.get_by_text("3 GiB of 16 GiB used").wait_for()
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SHOTS / "panel-notebook7.png")
-    page.close()
-    assert (strays, errors) == ([], [])

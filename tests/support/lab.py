@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 SHOTS = Path(__file__).parents[2] / "build" / "browser"
 """Pictures of a test run, to be looked at."""
 
+# What Notebook 7.6 itself complains about while it starts, also with an empty notebook.
+_OWN_ERRORS = {
+    "notebook": (
+        "Cannot read properties of undefined (reading 'schema')",
+        "Command 'filebrowser:open-path' not registered.",
+    )
+}
 _SETTINGS = "config/lab/user-settings/@jupyterlab"
 # All outputs are in the page at once, not only those near the part that is on screen.
 _ALL_CELLS = '{"windowingMode": "none", "maxNumberOutputs": 10000, "autoStartDefaultKernel": true}'
@@ -48,6 +55,8 @@ class Tab:
 
     Attributes
     ----------
+    app
+        ``lab``, or ``notebook`` for Notebook 7.
     errors
         Errors of the console, and exceptions that nobody caught.
     strays
@@ -59,19 +68,24 @@ class Tab:
     page: Any
     address: str
     name: str
+    app: str = "lab"
     errors: list[str] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)
     blocked: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         page = self.page
-        page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda m: self._complained(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: self._complained(str(error)))
         page.on("request", lambda request: self._asked(request.url))
         page.on("requestfailed", self._failed)
         page.on("websocket", lambda socket: self._asked(socket.url))
         page.on("popup", lambda popup: self.strays.append(f"window {popup.url}"))
         page.on("dialog", self._dialog)
+
+    def _complained(self, text: str) -> None:
+        if text not in _OWN_ERRORS.get(self.app, ()):
+            self.errors.append(text)
 
     def _asked(self, url: str) -> None:
         own = self.address.removeprefix("http")
@@ -92,7 +106,7 @@ class Tab:
         """Open the notebook, or open it again, and wait for its kernel."""
         from screenshots import open_notebook
 
-        open_notebook(self.page, self.address, self.name)
+        open_notebook(self.page, self.address, self.name, app=self.app)
         return self
 
     def run_all(self, *, seconds: float = 60) -> None:
@@ -147,11 +161,11 @@ class Lab:
         return path
 
     @contextmanager
-    def tab(self, name: str, *, width: int = 1000, height: int = 1400) -> Iterator[Tab]:
-        """Open a notebook of the folder in a tab of its own."""
+    def tab(self, name: str, *, app: str = "lab", width: int = 1000, height: int = 1400) -> Iterator[Tab]:
+        """Open a notebook of the folder in a tab of its own: of JupyterLab, or of Notebook 7."""
         page = self.browser.new_page(viewport={"width": width, "height": height})
         try:
-            yield Tab(page, self.address, name).open()
+            yield Tab(page, self.address, name, app).open()
         finally:
             page.close()
 

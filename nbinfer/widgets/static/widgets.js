@@ -8,8 +8,12 @@ let ids = 0;
 
 const uid = (name) => `nbinfer-${name}-${++ids}`;
 
+// What takes the focus keeps the notebook's own keys out: its shortcuts look at the focused node itself first.
+const OWN_KEYS = new Set(["button", "input", "select", "summary"]);
+
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
+  if (OWN_KEYS.has(tag) || "tabindex" in attributes) set(node, "data-lm-suppress-shortcuts", "true");
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else set(node, name, value);
@@ -507,8 +511,7 @@ function badgeView(model) {
 // -- the widgets ----------------------------------------------------------------------------------------
 
 function render({ model, el: host }) {
-  // JupyterLab's own keys stay out of our fields and buttons.
-  const root = el("div", { class: "nbinfer-w", "data-lm-suppress-shortcuts": "true", onkeydown: (event) => event.stopPropagation() });
+  const root = el("div", { class: "nbinfer-w", onkeydown: (event) => event.stopPropagation() });
   const kind = model.get("kind");
   set(root, "data-kind", kind);
   const link = connection(model, root);
