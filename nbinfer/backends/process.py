@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +32,10 @@ STOP_SECONDS = ((signal.SIGINT, 3.0), (signal.SIGTERM, 2.0))
 ERROR_MARK = "NBINFER-ERROR "
 """Begins the line with which a runner says, as JSON, what ended it."""
 # What belongs to the kernel that happens to start the process, and not to the process.
-_NOT_INHERITED = ("JPY_PARENT_PID", "JPY_SESSION_NAME", "JPY_INTERRUPT_EVENT", "PYTHONSTARTUP", "MPLBACKEND")
+# LLAMA_ARG_*: llama-server reads a model, a port or tools to offer from there.
+_NOT_INHERITED = re.compile(
+    "JPY_PARENT_PID|JPY_SESSION_NAME|JPY_INTERRUPT_EVENT|PYTHONSTARTUP|MPLBACKEND|LLAMA_ARG_.*|LLAMA_API_KEY"
+)
 
 
 class LogTail:
@@ -162,7 +166,7 @@ def supervise(command: Sequence[str], control: RunControl, *, what: str, first_l
     RunnerLost
         It ended by itself; or the error that it reported as its last words.
     """
-    environment = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
+    environment = {key: value for key, value in os.environ.items() if not _NOT_INHERITED.fullmatch(key)}
     environment |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     process = subprocess.Popen(  # noqa: S603 - the command is a backend's own
         list(command),

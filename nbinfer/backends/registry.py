@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 GROUP = "nbinfer.backends"
 BUILT_IN = {
     "llamacpp": "nbinfer.backends.llamacpp:LlamaCppBackend",
+    "llama-server": "nbinfer.backends.llama_server:LlamaServerBackend",
     "vllm": "nbinfer.backends.vllm:VllmBackend",
     "diffusers": "nbinfer.backends.diffusers:DiffusersBackend",
     "openai": "nbinfer.backends.openai:OpenAIBackend",

@@ -60,6 +60,7 @@ from nbinfer.sidecar.bodies import (
 )
 from nbinfer.sidecar.metrics import Metrics
 from nbinfer.sidecar.responses import (
+    ENDING,
     ClosingStream,
     MisdirectedError,
     SafeJSONResponse,
@@ -91,8 +92,8 @@ class Served:
     stage, fraction
         How far the load is: a word, and 0 to 1.
     on_dead
-        Called when the engine turns out to have ended by itself; a process that only answers that would
-        never be replaced.
+        Called with the error when the engine turns out to have ended by itself; a process that only answers
+        that would never be replaced.
     """
 
     names: tuple[str, ...]
@@ -100,11 +101,15 @@ class Served:
     stage: str = "starting"
     fraction: float = 0.0
     created: int = field(default_factory=lambda: int(time.time()))
-    on_dead: Callable[[], None] | None = None
+    on_dead: Callable[[BaseException], None] | None = None
 
     def suspect(self, error: BaseException) -> None:
         """Find out whether the engine survived an error of its own."""
-        if self.engine is None or self.on_dead is None or not isinstance(error, EngineError):
+        if self.engine is None or self.on_dead is None:
+            return
+        if isinstance(error, EngineClosed):
+            self.on_dead(error)
+        if not isinstance(error, EngineError):
             return
         probe: EmbeddingRequest | RerankRequest | ImageRequest | CompletionRequest
         if self.engine.info.mode == Mode.EMBEDDING:
@@ -118,7 +123,7 @@ class Served:
         try:
             self.engine.submit(probe).cancel()
         except EngineClosed:
-            self.on_dead()
+            self.on_dead(error)
         except NbinferError:
             return
 
@@ -170,7 +175,11 @@ def _add_error_handlers(api: FastAPI, served: Served) -> None:
     async def known(request: Request, error: NbinferError) -> Response:
         del request
         await asyncio.to_thread(served.suspect, error)
-        return error_response(error)
+        response = error_response(error)
+        if served.engine is not None and isinstance(error, EngineClosed):
+            # The request was never begun: the service may have it served by the next process.
+            response.headers[ENDING] = "yes"
+        return response
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -289,13 +298,14 @@ def _add_pooled_routes(api: FastAPI, served: Served, counters: Metrics) -> None:
             return Response(status_code=499)
         result: EmbeddingResult = results[0]
         base64 = body.encoding_format == "base64"
+        pooled = served.get(body.model).info.effective.get("pooling") != "none"
         data = [
             {
                 "object": "embedding",
                 "index": i,
-                "embedding": vector_to_base64(vector) if base64 else [float(number) for number in vector],
+                "embedding": vector_to_base64(vector) if base64 else vector.tolist(),
             }
-            for i, vector in enumerate(result.vectors)
+            for i, vector in enumerate(result.vectors if pooled else result.by_text())
         ]
         return SafeJSONResponse(
             {"object": "list", "data": data, "model": served.names[0], **_pooled_usage(result)}

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from nbinfer.contract.config import ModelConfig
 from nbinfer.contract.errors import EngineClosed, EngineError, NbinferError, NotSupported
 from nbinfer.contract.memory import RequiredMemory
+from nbinfer.engines.remote.control import ControlError, EventStream, call
 from nbinfer.engines.remote.wire import STOPPING, error_from_json, info_from_json
 from nbinfer.sidecar import discovery
-from nbinfer.sidecar.control import ControlError, EventStream, call
 
 if TYPE_CHECKING:
     from collections.abc import Callable

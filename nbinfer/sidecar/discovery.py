@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbinfer._version import __version__
 from nbinfer.contract.errors import BackendUnavailable, EngineError
-from nbinfer.sidecar.control import ControlError, call
+from nbinfer.engines.remote.control import ControlError, call
 from nbinfer.sidecar.listen import MAX_SOCKET_PATH, private_folder
 
 if TYPE_CHECKING:

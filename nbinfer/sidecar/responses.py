@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 
+ENDING = "x-nbinfer-ending"
+"""Header of a runner's answer that says that its engine is gone, and so will it be."""
+
+
 class MisdirectedError(ModelNotFound):
     """The request is for a model that is not served here (HTTP 421)."""
 

@@ -78,8 +78,9 @@ async def _serve(spec: dict[str, Any]) -> int:
             failed.append(error)
             loop.call_soon_threadsafe(stop)
 
-    def dead() -> None:
-        failed.append(EngineError(f"{served.names[0]}: the engine stopped by itself."))
+    def dead(error: BaseException) -> None:
+        known = isinstance(error, EngineError)
+        failed.append(error if known else EngineError(f"{served.names[0]}: the engine stopped by itself."))
         loop.call_soon_threadsafe(stop)
 
     served.on_dead = dead

@@ -14,7 +14,7 @@ from nbinfer import backends
 from nbinfer.backends.process import RunControl, as_load_error
 from nbinfer.contract.config import ModelConfig
 from nbinfer.contract.errors import EngineClosed, EngineError, NbinferError
-from nbinfer.sidecar.control import ControlError, call, call_status
+from nbinfer.engines.remote.control import ControlError, call, call_status
 from nbinfer.sidecar.discovery import runtime_folder, socket_folder
 
 if TYPE_CHECKING:

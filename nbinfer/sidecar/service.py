@@ -47,7 +47,7 @@ from nbinfer.sidecar.answers import sse
 from nbinfer.sidecar.guard import Guard
 from nbinfer.sidecar.listen import server, tcp_socket, unix_socket
 from nbinfer.sidecar.loader import Loader, Progress, Ticket, Use, Wanted
-from nbinfer.sidecar.responses import ClosingStream, SafeJSONResponse, error_response, while_connected
+from nbinfer.sidecar.responses import ENDING, ClosingStream, SafeJSONResponse, error_response, while_connected
 from nbinfer.sidecar.runners import Recipe, Runner, start
 from nbinfer.sidecar.sizes import default_budget, runner_size
 
@@ -471,7 +471,9 @@ class SidecarService:
         finally:
             self._requests -= 1
 
-    async def _passed(self, request: Request, wanted: Wanted, body: bytes) -> Response:
+    async def _passed(
+        self, request: Request, wanted: Wanted, body: bytes, *, last_try: bool = False
+    ) -> Response:
         use = await while_connected(request, self._acquire(wanted))
         runner: Runner = use.loaded
         try:
@@ -484,6 +486,12 @@ class SidecarService:
         except BaseException:
             use.release()
             raise
+        if ENDING in answer.headers and not last_try:
+            # It refused what it had not begun: the next process may serve it.
+            answer.close()
+            use.release()
+            await self._why(runner, EngineError("its engine is gone"))
+            return await self._passed(request, wanted, body, last_try=True)
         headers = {
             key: value
             for key, value in answer.headers.items()

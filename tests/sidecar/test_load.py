@@ -23,7 +23,7 @@ from support import sidecar as support
 
 from nbinfer import session
 from nbinfer.contract.errors import ModelNotFound, NbinferError
-from nbinfer.sidecar.control import call
+from nbinfer.engines.remote.control import call
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

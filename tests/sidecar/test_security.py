@@ -17,7 +17,7 @@ from support.sidecar import processes, until
 
 from nbinfer import session
 from nbinfer.contract.errors import ConfigError, ModelNotFound, NbinferError
-from nbinfer.sidecar.control import call, call_status
+from nbinfer.engines.remote.control import call, call_status
 
 if TYPE_CHECKING:
     from support.sidecar import Sidecar
@@ -206,9 +206,9 @@ def test_a_request_cannot_name_a_path_or_a_download(shared: Sidecar, name: str) 
 def test_a_load_that_smuggles_is_refused(
     shared: Sidecar, wanted: dict[str, Any], error: type[NbinferError]
 ) -> None:
+    from nbinfer.engines.remote.control import EventStream
     from nbinfer.engines.remote.wire import error_from_json
     from nbinfer.models.demo import demo_path
-    from nbinfer.sidecar.control import EventStream
 
     whole = {
         "path": str(demo_path()),
@@ -230,8 +230,8 @@ def test_a_load_that_smuggles_is_refused(
 
 
 def test_runtime_flags_reach_the_engine(shared: Sidecar) -> None:
+    from nbinfer.engines.remote.control import EventStream
     from nbinfer.models.demo import demo_path
-    from nbinfer.sidecar.control import EventStream
 
     flags = ["--threads", "1", "-c=512", "--parallel", "2", "--gpu-layers", "-1"]
     stream = EventStream(

@@ -14,8 +14,8 @@ from support.sidecar import make_folder, until
 
 from nbinfer.contract.errors import EngineError, SchemaError
 from nbinfer.contract.results import Delta
+from nbinfer.engines.remote.control import ControlError, EventStream, UnixConnection, call_status
 from nbinfer.sidecar.app import Served, make_app
-from nbinfer.sidecar.control import ControlError, EventStream, UnixConnection, call_status
 from nbinfer.sidecar.guard import Guard
 from nbinfer.sidecar.listen import server, unix_socket
 
@@ -201,7 +201,7 @@ def test_an_engine_that_ended_by_itself_is_reported_to_whoever_can_replace_it(
 
     api = serve(FakeEngine(script))
     reported = threading.Event()
-    api.served.on_dead = reported.set
+    api.served.on_dead = lambda error: reported.set()
     api.post("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": "one"}]})
     assert not reported.is_set(), "an error of one request is not the engine's end"
     if stream:

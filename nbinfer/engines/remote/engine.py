@@ -441,7 +441,9 @@ class RemoteEngine:
             asked |= {"normalize": request.normalize, "priority": request.priority}
         body = await self._post("/v1/embeddings", asked)
         data = sorted(body["data"], key=lambda each: each["index"])
-        vectors = vectors_from_wire(each["embedding"] for each in data)
+        per_token = self.info.effective.get("pooling") == "none"
+        dims = (request.dims or self.info.dimensions) if per_token else None
+        vectors = vectors_from_wire((each["embedding"] for each in data), dims)
         details = body.get("nbinfer") or {}
         if not self._own and request.normalize and len(vectors):
             lengths = np.linalg.norm(vectors, axis=1, keepdims=True)

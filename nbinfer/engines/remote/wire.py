@@ -125,13 +125,23 @@ def error_from_json(body: Any, status: int | None = None) -> NbinferError:
         return stopping
     if isinstance(kind, type) and issubclass(kind, NbinferError):
         return kind(message)
-    return _by_status(message, found.get("code"), status)
+    return _by_status(message, found, status)
 
 
-def _by_status(message: str, code: object, status: int | None) -> NbinferError:
+def _by_status(message: str, found: Mapping[str, Any], status: int | None) -> NbinferError:
     """Guess the class of another server's error."""
-    # llama-server, vLLM and OpenAI each say it in their own way.
-    if code == "context_length_exceeded" or "exceed_context_size" in message or "context length" in message:
+    # llama-server, vLLM and OpenAI each say it in their own way; only the first gives its numbers.
+    code, kind = found.get("code"), str(found.get("type"))
+    long = ("exceed_context_size" in kind, "exceed_context_size" in message, "context length" in message)
+    if code == "context_length_exceeded" or any(long):
+        asked, size = found.get("n_prompt_tokens"), found.get("n_ctx")
+        if isinstance(asked, int) and isinstance(size, int):
+            message = f"the prompt has {asked:,} tokens, and the context has room for {size:,}."
+            return ContextOverflow(
+                f"{message}\nShorten it, or load the model with a larger context_size.",
+                prompt_tokens=asked,
+                context_size=size,
+            )
         return ContextOverflow(message)
     if status in (400, 413, 415, 422):
         return errors.RequestError(message)
@@ -222,8 +232,11 @@ def vector_to_base64(vector: NDArray[np.float32]) -> str:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
 
 
-def vectors_from_wire(data: Iterable[Any]) -> NDArray[np.float32]:
-    """Read the vectors of an answer, each base64 or a list of numbers: float32 of shape (texts, dims)."""
+def vectors_from_wire(data: Iterable[Any], dims: int | None = None) -> NDArray[np.float32]:
+    """Read the vectors of an answer, each base64 or a list of numbers: float32 of shape (texts, dims).
+
+    ``dims`` says that each is several vectors, those of a text's tokens: float32 of shape (tokens, dims).
+    """
     import numpy as np
 
     rows = [
@@ -232,6 +245,8 @@ def vectors_from_wire(data: Iterable[Any]) -> NDArray[np.float32]:
         else np.asarray(each, np.float32)
         for each in data
     ]
+    if dims is not None and rows:
+        return np.concatenate([row.reshape(-1, dims) for row in rows]).astype(np.float32)
     return np.stack(rows).astype(np.float32) if rows else np.zeros((0, 0), np.float32)
 
 
