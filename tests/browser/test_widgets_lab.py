@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import nbformat
 import pytest
 from support.axe import violations
 from support.kernel import WITH_FAKE
+from support.lab import SHOTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -198,21 +200,64 @@ def test_a_closed_panel_that_is_shown_again_is_a_picture_that_says_so(own: Tab) 
     assert own.errors == []
 
 
-def test_an_untrusted_notebook_shows_the_still_picture(own: Tab, lab: Lab) -> None:
-    own.save()
-    saved: Any = json.loads((lab.folder / own.name).read_text())
-    saved["metadata"].pop("widgets", None)
+@pytest.fixture(scope="module")
+def saved(lab: Lab) -> Any:
+    """A notebook with a panel, as JupyterLab has saved it."""
+    with _panel(lab, "saved.ipynb") as tab:
+        tab.page.get_by_text("3 GiB of 16 GiB used").wait_for()
+        tab.save()
+        return nbformat.read(lab.folder / tab.name, as_version=4)  # type: ignore[no-untyped-call]
+
+
+IN_THE_PICTURE = (
+    "This machine",
+    "Tell me a story that never ends",
+    "3 GiB of 16 GiB used",
+    "killed by SIGKILL",
+)
+
+
+@pytest.mark.parametrize("app", ["lab", "notebook"])
+def test_an_untrusted_notebook_shows_the_still_picture(saved: Any, lab: Lab, app: str) -> None:
+    changed = copy.deepcopy(saved)
+    changed.metadata.pop("widgets", None)
     # Changed by somebody else: its signature is no longer ours.
-    saved["cells"][0]["source"] = "'from somebody else'"
-    (lab.folder / "untrusted.ipynb").write_text(json.dumps(saved))
-    with lab.tab("untrusted.ipynb") as other:
+    changed.cells[0].source = f"'from somebody else, for {app}'"
+    name = f"untrusted-{app}.ipynb"
+    nbformat.write(changed, lab.folder / name)  # type: ignore[no-untyped-call]
+    with lab.tab(name, app=app) as other:
         other.page.get_by_text("This machine").wait_for()
         words = other.page.evaluate(_WORDS)
-        assert "Tell me a story that never ends" in words
-        assert "3 GiB of 16 GiB used" in words
+        assert all(each in words for each in IN_THE_PICTURE)
         assert other.page.get_by_role("button", name="Unload fake").count() == 0
-        other.shot("panel-lab-untrusted")
+        other.shot(f"panel-{app}-untrusted")
         assert (other.strays, other.errors) == ([], [])
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_an_export_to_html_shows_the_still_picture(saved: Any, lab: Lab, theme: str) -> None:
+    from nbconvert import HTMLExporter
+
+    body, _ = HTMLExporter(theme=theme).from_notebook_node(saved)
+    path = lab.folder / f"export-{theme}.html"
+    path.write_text(body)
+    page = lab.browser.new_page(viewport={"width": 1100, "height": 1500})
+    try:
+        page.goto(path.as_uri(), wait_until="domcontentloaded")
+        words = page.evaluate("() => document.body.innerText")
+        assert all(each in words for each in IN_THE_PICTURE)
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SHOTS / f"panel-export-{theme}.png")
+    finally:
+        page.close()
+
+
+def test_an_export_to_markdown_has_the_words_of_the_panel(saved: Any) -> None:
+    from nbconvert import MarkdownExporter
+
+    body, _ = MarkdownExporter().from_notebook_node(saved)
+    assert all(each in body for each in IN_THE_PICTURE)
+    assert "object at 0x" not in body
 
 
 def test_the_real_panel_plans_loads_and_measures_what_it_planned(lab: Lab) -> None:
