@@ -9,6 +9,8 @@ from contextlib import suppress
 
 import pytest
 
+pytest.register_assert_rewrite("support.conformance")
+
 # Markers of tests that need a package which the main environment does not have, and that package.
 _NEEDS = {"vllm": "vllm", "images": "diffusers"}
 
