@@ -1,4 +1,4 @@
-"""Nearest neighbours by brute force: exact, in blocks, one matrix product each."""
+"""Nearest neighbours: every pair compared, in blocks of one matrix product each; for very many, a graph."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from nbinfer.frames.tables import Table, read
 from nbinfer.frames.work import weights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
 Metric = Literal["cosine", "dot", "euclidean"]
@@ -26,6 +28,8 @@ Found: TypeAlias = "tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32
 # Scores of one block: 1 024 queries x 16 384 rows are 64 MiB of float32.
 _QUERY_BLOCK = 1024
 _CORPUS_BLOCK = 16_384
+EXACT_PAIRS = 20_000_000_000
+"""Pairs that are compared one by one where nobody says otherwise: some minutes of one core."""
 
 
 def similar(
@@ -37,12 +41,13 @@ def similar(
     metric: Metric = "cosine",
     min_score: float | None = None,
     by: Any = None,
+    exact: bool | None = None,
     model: Any = None,
     progress: Any = False,
 ) -> Any:
     """Find the k nearest rows of a corpus for each query.
 
-    Exact: every pair is compared. Rows without a vector match nothing.
+    Rows without a vector match nothing.
 
     Parameters
     ----------
@@ -61,6 +66,10 @@ def similar(
         Leave out matches below this score.
     by
         A column of both frames: only rows with the same value match.
+    exact
+        True: compare every pair. False: search a graph (HNSW; needs the extra ``search``), which takes a
+        while to build, answers many queries in a fraction of the time, and misses some matches. None: exact
+        up to 20 billion pairs; beyond, the graph where it is installed.
     model
         The embedding model for texts; None: the default, else the only one loaded.
 
@@ -77,7 +86,16 @@ def similar(
         The vectors have different lengths or come from different weights, or a column is unknown.
     """
     left, right, found = _search(
-        query, corpus, on=on, k=k, metric=metric, min_score=min_score, by=by, model=model, progress=progress
+        query,
+        corpus,
+        on=on,
+        k=k,
+        metric=metric,
+        min_score=min_score,
+        by=by,
+        exact=exact,
+        model=model,
+        progress=progress,
     )
     return _long(left, right, *found)
 
@@ -156,6 +174,7 @@ def _search(
     metric: Metric,
     min_score: float | None,
     by: Any,
+    exact: bool | None,
     model: Any,
     progress: Any,
 ) -> tuple[Table, Table, Found]:
@@ -166,6 +185,7 @@ def _search(
         "metric": metric,
         "min_score": min_score,
         "by": by,
+        "exact": exact,
         "model": model,
         "progress": progress,
     }
@@ -198,13 +218,26 @@ def _matched(
     by: Any,
     model: Any,
     progress: Any,
+    exact: bool | None = None,
 ) -> Found:
     corpus, right_made = _vectors(right, None, model=model, progress=progress, what="corpus")
     queries, left_made = _vectors(left, right_made, model=model, progress=progress, what="query")
     _same_space(queries, corpus, left_made, right_made)
+    search = _search_for(len(queries), len(corpus), exact=exact)
     if by is None:
-        return top_k(queries, corpus, k, metric=metric, min_score=min_score)
-    return _grouped(left.table, right.table, by, queries, corpus, k, metric=metric, min_score=min_score)
+        return search(queries, corpus, k, metric=metric, min_score=min_score)
+    groups = left.table, right.table, by
+    return _grouped(*groups, queries, corpus, k, search=search, metric=metric, min_score=min_score)
+
+
+def _search_for(queries: int, rows: int, *, exact: bool | None) -> Callable[..., Found]:
+    """Return how to search: as asked, else exactly unless it is too much for that."""
+    from nbinfer.frames import graph
+
+    choice("exact", exact, (None, True, False))
+    if exact is None:
+        exact = queries * rows <= EXACT_PAIRS or not graph.available()
+    return top_k if exact else graph.graph_top_k
 
 
 def _vectors(
@@ -339,6 +372,39 @@ def _scores(left: NDArray[np.float32], part: NDArray[np.float32], metric: Metric
         return out
 
 
+def scores_of(left: NDArray[np.float32], right: NDArray[np.float32], metric: Metric) -> NDArray[np.float32]:
+    """Return the scores of pairs, row by row: float32 of shape (pairs,)."""
+    if metric == "cosine":
+        left, right = unit(left), unit(right)
+    if metric == "euclidean":
+        out: NDArray[np.float32] = -np.sqrt(((left - right) ** 2).sum(1))
+        return out
+    products: NDArray[np.float32] = np.einsum("ij,ij->i", left, right)
+    return products
+
+
+def best_first(
+    left: list[NDArray[np.int64]],
+    right: list[NDArray[np.int64]],
+    score: list[NDArray[np.float32]],
+    *,
+    min_score: float | None,
+) -> Found:
+    """Put pairs in order and rank them: by query, best first, of equal scores the row that comes first."""
+    if not left:
+        empty = np.zeros(0, np.int64)
+        return empty, empty, empty.astype(np.int32), empty.astype(np.float32)
+    lefts, rights, scores = np.concatenate(left), np.concatenate(right), np.concatenate(score)
+    if min_score is not None:
+        stays = scores >= min_score
+        lefts, rights, scores = lefts[stays], rights[stays], scores[stays]
+    order = np.lexsort((rights, -scores, lefts))
+    lefts, rights, scores = lefts[order], rights[order], scores[order]
+    starts = np.flatnonzero(np.r_[True, np.diff(lefts) != 0]) if len(lefts) else lefts
+    rank = np.arange(len(lefts)) - np.repeat(starts, np.diff(np.r_[starts, len(lefts)])) + 1
+    return lefts.astype(np.int64), rights, rank.astype(np.int32), scores.astype(np.float32)
+
+
 def unit(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the rows at length 1; a row of zeros has no direction and becomes NaN."""
     lengths = np.sqrt(np.einsum("ij,ij->i", matrix, matrix))
@@ -357,6 +423,7 @@ def _grouped(
     corpus: NDArray[np.float32],
     k: int,
     *,
+    search: Callable[..., Found],
     metric: Metric,
     min_score: float | None,
 ) -> Found:
@@ -374,7 +441,7 @@ def _grouped(
     parts = []
     for value, asking in askers.items():
         rows, candidates = np.array(asking), np.array(members[value])
-        a, b, rank, score = top_k(queries[rows], corpus[candidates], k, metric=metric, min_score=min_score)
+        a, b, rank, score = search(queries[rows], corpus[candidates], k, metric=metric, min_score=min_score)
         parts.append((rows[a], candidates[b], rank, score))
     if not parts:
         return top_k(queries[:0], corpus, k)

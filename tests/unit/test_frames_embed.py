@@ -12,11 +12,13 @@ import pytest
 from support.fake_engine import FakeEngine, vector
 from support.frames import embedding_model, engine_of
 
-from nbinfer.contract.errors import EngineError, NotSupported, RequestError
+from nbinfer.contract.errors import BackendUnavailable, EngineError, NotSupported, RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import EmbeddingRequest
-from nbinfer.frames import embed, similar, submit, vectors
+from nbinfer.frames import embed, graph, similar, submit, vectors
 from nbinfer.frames import neighbours as nearest
+from nbinfer.frames.graph import graph_top_k
+from nbinfer.frames.neighbours import top_k
 from nbinfer.frames.operators import kind_prefix
 from nbinfer.session import Model
 
@@ -350,3 +352,61 @@ def test_a_saved_frame_is_read_with_its_vectors(tmp_path: Path) -> None:
     found = similar("red apple", back, on="embedding", k=1, model=embedding_model())
     assert list(found["match"]) == ["x"]
     assert list(similar(frame, back, on="embedding", k=1)["match"]) == ["x"]
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+def test_a_graph_finds_nearly_all_neighbours_and_scores_them_exactly(metric: Any) -> None:
+    rng = np.random.default_rng(3)
+    centres = rng.standard_normal((40, 32))
+    corpus = (centres[rng.integers(0, 40, 3000)] + 0.4 * rng.standard_normal((3000, 32))).astype(np.float32)
+    queries = corpus[:200] + 0.1 * rng.standard_normal((200, 32)).astype(np.float32)
+    # What is missing matches nothing, and is not in the way.
+    corpus[5], queries[7] = np.nan, np.nan
+    whole = top_k(queries, corpus, 10, metric=metric)
+    found = graph_top_k(queries, corpus, 10, metric=metric)
+    exactly = {(q, m): s for q, m, _, s in zip(*whole, strict=True)}
+    shared = [(exactly[q, m], s) for q, m, _, s in zip(*found, strict=True) if (q, m) in exactly]
+    assert len(shared) >= 0.97 * len(whole[0])
+    assert all(abs(first - second) < 1e-4 for first, second in shared)
+    assert 7 not in found[0]
+    assert 5 not in found[1]
+    for query in (0, 1, 199):
+        mine = found[0] == query
+        assert list(found[2][mine]) == list(range(1, 11))
+        assert (np.diff(found[3][mine]) <= 0).all()
+    assert graph_top_k(queries, corpus, 10, metric=metric, min_score=np.inf)[0].size == 0
+    assert graph_top_k(queries[:0], corpus, 10, metric=metric)[0].size == 0
+    assert len(graph_top_k(queries[:1], corpus[:3], 10, metric=metric)[0]) == 3
+
+
+def test_large_corpora_are_searched_by_the_graph_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    frame = pd.DataFrame({"v": list(np.eye(6, dtype=np.float32)), "g": list("aabbcc")})
+    used: list[int] = []
+    real = graph.graph_top_k
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        used.append(1)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(graph, "graph_top_k", counted)
+
+    def first(**options: Any) -> list[int]:
+        return list(similar(frame, frame, on="v", k=1, **options)["match"])
+
+    assert first() == first(exact=True) == list(range(6))
+    assert used == []
+    assert first(exact=False) == list(range(6))
+    assert first(exact=False, by="g") == list(range(6))
+    assert len(used) == 4
+    monkeypatch.setattr(nearest, "EXACT_PAIRS", 35)
+    first()
+    assert len(used) == 5
+    monkeypatch.setattr(graph, "available", lambda: False)
+    first()
+    assert len(used) == 5
+    with pytest.raises(BackendUnavailable, match="pip install"):
+        first(exact=False)
+    with pytest.raises(RequestError, match="exact='no'"):
+        first(exact="no")
