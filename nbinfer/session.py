@@ -20,6 +20,7 @@ from nbinfer.contract.errors import (
     ConfigError,
     DoesNotFit,
     ModelNotFound,
+    NotSupported,
     RequestError,
     SchemaError,
     short_interrupt,
@@ -49,13 +50,13 @@ if TYPE_CHECKING:
     from nbinfer.contract.memory import RequiredMemory
     from nbinfer.contract.rendering import Bundle
     from nbinfer.contract.requests import Message, Request
-    from nbinfer.contract.results import Event
+    from nbinfer.contract.results import EmbeddingResult, Event
     from nbinfer.contract.schemas import Schema
     from nbinfer.engines.protocol import Engine, EngineInfo
     from nbinfer.engines.stream import Stream
-    from nbinfer.request_log import Entry, History
     from nbinfer.models import FoundModel, ResolvedModel
     from nbinfer.models.hub import RemoteModel
+    from nbinfer.request_log import Entry, History
 
 _SAMPLING = tuple(f.name for f in dataclasses.fields(Sampling))
 OPTIONS = (
@@ -571,10 +572,43 @@ class Model:
     def embed(
         self, texts: Sequence[str] | str, *, normalize: bool = True, dims: int | None = None
     ) -> NDArray[np.float32]:
-        """Return vectors, float32 of shape (texts, dimensions); one text gives shape (1, dimensions)."""
+        """Return vectors, float32 of shape (texts, dimensions); one text gives shape (1, dimensions).
+
+        Raises
+        ------
+        NotSupported
+            The model was loaded with ``pooling="none"``: see :meth:`embed_tokens`.
+        """
+        if self._gives_token_vectors:
+            raise NotSupported(f"{self.name} was loaded with pooling='none': use embed_tokens.")
+        return self._embedded(texts, normalize=normalize, dims=dims).vectors
+
+    def embed_tokens(
+        self, texts: Sequence[str] | str, *, normalize: bool = True, dims: int | None = None
+    ) -> list[NDArray[np.float32]]:
+        """Return a vector for each token: for each text float32 of shape (tokens, dimensions).
+
+        For late interaction and the like; the model has to be loaded with ``pooling="none"``.
+
+        Raises
+        ------
+        NotSupported
+            It was loaded without.
+        """
+        if not self._gives_token_vectors:
+            raise NotSupported(
+                f"{self.name} makes one vector of each text: load it with pooling='none' for token vectors."
+            )
+        return self._embedded(texts, normalize=normalize, dims=dims).by_text()
+
+    @property
+    def _gives_token_vectors(self) -> bool:
+        return self.info.effective.get("pooling") == "none"
+
+    def _embedded(self, texts: Sequence[str] | str, *, normalize: bool, dims: int | None) -> EmbeddingResult:
         batch = [texts] if isinstance(texts, str) else list(texts)
         stream = self.submit(EmbeddingRequest(texts=batch, normalize=normalize, dims=dims))
-        return cast("NDArray[np.float32]", _wait(stream).vectors)
+        return cast("EmbeddingResult", _wait(stream))
 
     def rerank(self, query: str, documents: Sequence[str]) -> NDArray[np.float32]:
         """Return a score per document, float32 of shape (documents,); higher is more relevant."""

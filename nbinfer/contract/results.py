@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import asdict, dataclass, field, replace
@@ -225,12 +226,21 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingResult:
-    """Vectors, float32 of shape (texts, dimensions), and the token count of each text."""
+    """Vectors, float32 of shape (texts, dimensions), and the token count of each text.
+
+    A model loaded with ``pooling="none"`` gives a vector for each token of each text: shape (tokens,
+    dimensions), in the order of the texts.
+    """
 
     vectors: NDArray[np.float32]
     n_tokens: tuple[int, ...]
     model: str = ""
     seconds: float = 0.0
+
+    def by_text(self) -> list[NDArray[np.float32]]:
+        """The vectors of each text, float32 of shape (tokens, dimensions), of a model that does not pool."""
+        ends = list(itertools.accumulate(self.n_tokens))
+        return [self.vectors[end - n : end] for n, end in zip(self.n_tokens, ends, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -356,10 +356,20 @@ class EmbeddingWork:
     batch = TEXTS_PER_REQUEST
 
     def constants(self, model: FrameModel) -> dict[str, Any]:
-        """Return what all rows share and results depend on, as JSON."""
+        """Return what all rows share and results depend on, as JSON.
+
+        Raises
+        ------
+        NotSupported
+            The model makes vectors of tokens, not of texts.
+        """
+        pooling = model.info.effective.get("pooling")
+        if pooling == "none":
+            raise NotSupported(f"{model.name} was loaded with pooling='none': use its embed_tokens.")
         return {
             "op": "embed",
             **identity(model),
+            "pooling": pooling,
             "normalize": self.normalize,
             "dims": self.dims,
             "prefix": self.prefix,

@@ -115,3 +115,47 @@ def test_closing_ends_what_waits() -> None:
         streams[-1].result(5)
     with pytest.raises(EngineClosed):
         engine.submit(EmbeddingRequest(texts=["x"]))
+
+
+def test_token_vectors_average_to_the_texts_vector(engine: PooledEngine) -> None:
+    texts = [*TEXTS, "a cat"]
+    loose = open_engine(demo_embed_path(), mode=Mode.EMBEDDING, pooling="none", threads=1)
+    try:
+        result = loose.submit(EmbeddingRequest(texts=texts, normalize=False)).result(60)
+        by_text = result.by_text()
+        assert [len(rows) for rows in by_text] == [engine.count_tokens(text) for text in texts]
+        means = np.stack([rows.mean(axis=0) for rows in by_text])
+        np.testing.assert_allclose(means, embed(engine, texts, normalize=False), atol=1e-3)
+        unit = loose.submit(EmbeddingRequest(texts=texts, dims=64)).result(60).vectors
+        assert unit.shape == (sum(result.n_tokens), 64)
+        np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-5)
+    finally:
+        loose.close()
+
+
+def test_a_chat_model_makes_embeddings_when_told_how_to_pool() -> None:
+    with pytest.raises(NotSupported, match="pooling='mean'"):
+        open_engine(demo_path(), mode=Mode.EMBEDDING, threads=1)
+    chat = open_engine(demo_path(), mode=Mode.EMBEDDING, pooling="mean", threads=1)
+    try:
+        vectors = chat.submit(EmbeddingRequest(texts=["What is the capital of Peru?"] * 2)).result(60).vectors
+        assert vectors.shape == (2, 128)
+        np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-5)
+    finally:
+        chat.close()
+
+
+@pytest.mark.parametrize("where", ["kernel", "sidecar"])
+def test_a_model_says_which_kind_of_vectors_it_makes(where: str) -> None:
+    import nbinfer as nb
+
+    with nb.load("demo-embed", pooling="none", where=where, threads=1, name="loose") as model:
+        rows = model.embed_tokens(["a cat", "A kitten sleeps."])
+        assert [each.shape[1] for each in rows] == [384, 384]
+        assert [len(each) for each in rows] == [
+            len(model.engine.tokenize(t)) for t in ("a cat", "A kitten sleeps.")
+        ]
+        with pytest.raises(NotSupported, match="embed_tokens"):
+            model.embed("a cat")
+        with pytest.raises(NotSupported, match="embed_tokens"):
+            nb.embed(["a cat"], model=model)

@@ -47,6 +47,7 @@ def open_engine(
     batch_size: int | None = None,
     micro_batch: int | None = None,
     flash_attention: bool | None = None,
+    pooling: str | None = None,
     mmap: bool = True,
     main_gpu: int | None = None,
     tensor_split: list[float] | None = None,
@@ -81,6 +82,9 @@ def open_engine(
         Tokens per decode call, and per computed graph.
     flash_attention
         None lets llama.cpp decide.
+    pooling
+        How an embedding model makes one vector of a text's: ``mean``, ``cls``, ``last``; ``none`` gives one
+        for each token. None is what the file says; with one of the others any model makes embeddings.
     exact
         Give the same text to the last bit, whatever ran before or runs beside: one request at a time, no
         shared prefixes.
@@ -117,6 +121,7 @@ def open_engine(
         batch_size=batch_size,
         micro_batch=micro_batch,
         flash_attention=flash_attention,
+        pooling=pooling,
     )
     weights = Weights(
         path,

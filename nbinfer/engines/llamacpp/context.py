@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _BF16 = 30  # ggml's number; the bindings do not name it
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 
+POOLINGS = ("mean", "cls", "last", "none")
+"""How an embedding model makes one vector of a text's; ``none`` leaves one for each token."""
+
 OK, NO_SPACE, ABORTED = 0, 1, 2
 
 
@@ -38,6 +41,7 @@ class ContextSettings:
     batch_size: int | None = None
     micro_batch: int | None = None
     flash_attention: bool | None = None
+    pooling: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("context_size", "parallel", "threads", "batch_size", "micro_batch"):
@@ -54,6 +58,8 @@ class ContextSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}: it must be at least 1.")
+        if self.pooling is not None and self.pooling not in POOLINGS:
+            raise ConfigError(f"pooling={self.pooling!r} is unknown: use one of {', '.join(POOLINGS)}.")
         if self.parallel is not None and not 1 <= self.parallel <= _MAX_SEQUENCES:
             raise ConfigError(f"parallel={self.parallel}: it must be between 1 and {_MAX_SEQUENCES}.")
 
@@ -108,6 +114,8 @@ class Context:
         self.flash_attention = flash is not False
         params.type_k = params.type_v = _ggml_type(lib, settings.kv_type or "f16")
         params.embeddings = pooled
+        if settings.pooling is not None:
+            params.pooling_type = getattr(lib, f"LLAMA_POOLING_TYPE_{settings.pooling.upper()}")
         params.no_perf = True
         # Both save memory for nothing lost: the window's cells are enough without context shifting, and one
         # row of logits per sequence is all that generation reads.
@@ -228,6 +236,17 @@ class Context:
         if not address:
             raise EngineError("llama.cpp returned no pooled output: the model may not be an embedding model.")
         return _floats(address, size).copy()
+
+    def token_outputs(self, first: int, n: int, size: int) -> NDArray[np.float32]:
+        """Copy of the vectors of ``n`` tokens of the batch, float32 of shape (n, size)."""
+        rows = np.empty((n, size), np.float32)
+        for i in range(n):
+            pointer = self._lib.llama_get_embeddings_ith(self.pointer, first + i)
+            address = ctypes.cast(pointer, ctypes.c_void_p).value
+            if not address:
+                raise EngineError("llama.cpp returned no vector for a token.")
+            rows[i] = _floats(address, size)
+        return rows
 
     # -- memory of sequences ----------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ CPU_PACK_TOKENS = 128
 """The best of 16 to 512 for short sentences: flash attention on a CPU needs tiles of 64 tokens, and attends
 over the whole pack."""
 GPU_PACK_TOKENS = 2048
+_POOLINGS = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}  # llama_pooling_type
 
 
 @dataclass(eq=False, slots=True)
@@ -60,27 +61,24 @@ class PooledEngine:
         parallel = 1 if weights.has_recurrent_state else settings.parallel or defaults.POOLED_PARALLEL
         self._context = Context(weights, settings, parallel=parallel, pooled=True)
         with closed_on_error(self._context):
-            self._prepare(mode, name, digest, parallel)
+            self._prepare(mode, name, digest, parallel, settings.pooling)
         self._thread = threading.Thread(target=self._run, name=f"nbinfer-{name}", daemon=True)
         self._thread.start()
         register(self)
 
-    def _prepare(self, mode: Mode, name: str, digest: str, parallel: int) -> None:
+    def _prepare(self, mode: Mode, name: str, digest: str, parallel: int, asked: str | None) -> None:
         lib, weights = self._lib, self._weights
         trained = weights.trained_context_size
         pooling = int(lib.llama_pooling_type(self._context.pointer))
         ranks = pooling == lib.LLAMA_POOLING_TYPE_RANK
-        if pooling == lib.LLAMA_POOLING_TYPE_NONE or ranks != (mode == Mode.RERANKING):
+        none = pooling == lib.LLAMA_POOLING_TYPE_NONE
+        self._per_token = none and asked == "none" and mode == Mode.EMBEDDING
+        if (none and not self._per_token) or ranks != (mode == Mode.RERANKING):
             self._context.close()
-            can = (
-                "reranking"
-                if ranks
-                else "completion"
-                if pooling == lib.LLAMA_POOLING_TYPE_NONE
-                else "embedding"
-            )
+            can = "reranking" if ranks else "completion" if none else "embedding"
+            more = "" if ranks or mode != Mode.EMBEDDING else " Or say how to pool: pooling='mean' or 'last'."
             raise NotSupported(
-                f"{name} cannot do {mode}: its file says it is made for {can}. Use mode='{can}'."
+                f"{name} cannot do {mode}: its file says it is made for {can}. Use mode='{can}'.{more}"
             )
         # A ranking model gives as many numbers as it has labels: reading a vector would run past the end.
         self._size = int(lib.llama_model_n_cls_out(weights.pointer)) if ranks else weights.embedding_size
@@ -96,7 +94,7 @@ class PooledEngine:
             dimensions=None if ranks else self._size,
             digest=digest,
             version=engine_version(),
-            effective=self._context.effective(),
+            effective={**self._context.effective(), "pooling": _POOLINGS.get(pooling, "unknown")},
         )
         self._jobs: queue.PriorityQueue[tuple[int, int, _Job | None]] = queue.PriorityQueue()
         self._order = 0
@@ -230,15 +228,17 @@ class PooledEngine:
 
     def _serve(self, job: _Job) -> None:
         began = time.perf_counter()
-        out = np.zeros((len(job.tokens), self._size), np.float32)
+        counts = tuple(len(t) for t in job.tokens)
+        # Where the vectors of each text begin.
+        starts = np.concatenate([[0], np.cumsum(counts)]) if self._per_token else np.arange(len(counts) + 1)
+        out = np.zeros((int(starts[-1]), self._size), np.float32)
         done = 0
         for pack in self._packs(job.tokens):
             if self._closing or job.stream.cancelled:
                 raise EngineError("the request was interrupted.")
-            self._decode_pack(pack, job.tokens, out)
+            self._decode_pack(pack, job.tokens, starts, out)
             done += len(pack)
             job.stream.put(PromptProgress(done, len(job.tokens)))
-        counts = tuple(len(t) for t in job.tokens)
         seconds = time.perf_counter() - began
         if isinstance(job.request, RerankRequest):
             job.stream.put(
@@ -270,20 +270,28 @@ class PooledEngine:
         return packs
 
     def _decode_pack(
-        self, pack: list[int], tokens: list[NDArray[np.int32]], out: NDArray[np.float32]
+        self,
+        pack: list[int],
+        tokens: list[NDArray[np.int32]],
+        starts: NDArray[np.int64],
+        out: NDArray[np.float32],
     ) -> None:
         context = self._context
         context.clear()
-        filled: list[tuple[int, int]] = []
+        filled: list[tuple[int, int, int]] = []
         for i in pack:
             if len(tokens[i]):
-                context.add(len(filled), tokens[i], 0, output=True)
-                filled.append((len(filled), i))
+                last = context.add(len(filled), tokens[i], 0, output=True)
+                filled.append((len(filled), i, last + 1 - len(tokens[i])))
         if not filled:
             return
         context.mark_all_outputs()
         if context.decode() != OK:
             raise EngineError("llama.cpp stopped while computing embeddings.")
-        for sequence, i in filled:
-            out[i] = context.pooled_output(sequence, self._size)
-            self._done_tokens += len(tokens[i])
+        for sequence, i, first in filled:
+            at, n = starts[i], len(tokens[i])
+            if self._per_token:
+                out[at : at + n] = context.token_outputs(first, n, self._size)
+            else:
+                out[at] = context.pooled_output(sequence, self._size)
+            self._done_tokens += n
