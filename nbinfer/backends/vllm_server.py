@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +20,22 @@ from nbinfer.backends import guard
 from nbinfer.backends.crash import explain
 from nbinfer.backends.process import LogTail
 from nbinfer.contract.errors import EngineClosed, ModelLoadError
+from nbinfer.contract.modes import Mode
 from nbinfer.engines.remote.unix import BrokenConnectionError, UnixClient
 from nbinfer.engines.remote.wire import RunnerLost
 from nbinfer.engines.vllm import launch
-from nbinfer.engines.vllm.arguments import ALWAYS, environment
+from nbinfer.engines.vllm.arguments import environment
 from nbinfer.engines.vllm.failures import errors_of, failure
 
 if TYPE_CHECKING:
     import io
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from nbinfer.contract.config import ModelConfig
     from nbinfer.contract.errors import NbinferError
+    from nbinfer.engines.protocol import Engine
     from nbinfer.engines.vllm.arguments import VllmArguments
-    from nbinfer.engines.vllm.build import VllmBuild
+    from nbinfer.engines.vllm.build import Device, VllmBuild
 
 POLL_SECONDS = 0.1
 END_SECONDS = 10.0
@@ -225,6 +229,10 @@ class VllmServer:
                 raise EngineClosed(f"{self.name}: the load was cancelled.")
             raise ModelLoadError(str(self._report()))
 
+    def problem(self, seconds: float) -> NbinferError | None:
+        """Return the crash report when it ends by itself within ``seconds``; None: it runs."""
+        return RunnerLost(str(self._report())) if self._ended.wait(seconds) else None
+
     def note_ready(self) -> None:
         """From now on its end is a loss, and no failed load."""
         self._ready = True
@@ -296,11 +304,61 @@ def command_line(arguments: VllmArguments, *, name: str, socket: str, folder: Pa
     return line
 
 
-def served_name(arguments: VllmArguments, name: str, adapter: str | None = None) -> str:
-    """Return what a request calls the model, or one of its adapters."""
-    if adapter is not None:
-        return adapter
-    return ALWAYS if ALWAYS in arguments.adapters else name
+def open_served(
+    path: Path,
+    *,
+    mode: Mode,
+    name: str,
+    config: ModelConfig,
+    flags: Sequence[str],
+    on_stage: Callable[[str, float], None],
+    on_lost: Callable[[NbinferError], None],
+    options: dict[str, Any],
+) -> Engine:
+    """Start vLLM's server for a model, and return the engine in front of it.
+
+    For parameters and errors see ``VllmBackend.open_server``.
+    """
+    from nbinfer.engines.vllm.arguments import arguments
+    from nbinfer.engines.vllm.build import installed
+    from nbinfer.engines.vllm.served import ServedCompletions, ServedPooling
+    from nbinfer.gguf.safetensors import read_safetensors
+
+    build = installed()
+    assert build is not None  # noqa: S101 - its backend has looked
+    options = {key: value for key, value in options.items() if key != "on_progress"}
+    described = {"digest": options.pop("digest", ""), "version": build.version}
+    exact = bool(options.pop("exact", False))
+    given = arguments(path, mode=mode, device=build.device, config=config, options=options)
+    header = read_safetensors(path)
+    started = replace(given, engine=_for_server(given.engine, mode, build.device, exact=exact))
+    server = VllmServer(started, build, name=name, flags=flags, on_stage=on_stage, on_lost=on_lost)
+    try:
+        if mode is Mode.COMPLETION:
+            return ServedCompletions(
+                given, server, path=path, header=header, device=build.device, exact=exact, **described
+            )
+        return ServedPooling(given, server, mode=mode, path=path, header=header, **described)
+    except BaseException:
+        server.stop()
+        raise
+
+
+def _for_server(engine: Mapping[str, Any], mode: Mode, device: Device, *, exact: bool) -> dict[str, Any]:
+    """Return the settings of an engine that a server runs; as in the kernel where that chooses, too."""
+    from nbinfer.engines.vllm.generate import CPU_BLOCK
+
+    out = dict(engine)
+    if mode is Mode.COMPLETION:
+        if device == "cpu":
+            out.setdefault("block_size", CPU_BLOCK)
+        # A cell's request goes before batch rows, and has a seat of its own.
+        out |= {"scheduling_policy": "priority", "max_logprobs": -1}
+        if exact:
+            out |= {"max_num_seqs": 1, "enable_prefix_caching": False}
+        elif "max_num_seqs" in out:
+            out["max_num_seqs"] += 1
+    return out
 
 
 def _private_folder() -> Path:
