@@ -52,6 +52,9 @@ lint: $(VENV)/.test
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
+tutorials: $(VENV)/.run
+	$(BIN)/python tools/save_tutorials.py
+
 lab: $(VENV)/.lab
 	$(BIN)/jupyter lab notebooks
 

@@ -15,7 +15,8 @@ from IPython.core.error import UsageError
 
 from nbinfer import session
 from nbinfer.contract.errors import short_interrupt
-from nbinfer.contract.results import Result
+from nbinfer.contract.modes import Mode
+from nbinfer.contract.results import ImageResult, Result
 from nbinfer.display.code import code_block
 from nbinfer.display.sinks import (
     JupyterSink,
@@ -35,9 +36,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from nbinfer.contract.requests import Message
+    from nbinfer.display.images import ShownImages
     from nbinfer.display.result import View
     from nbinfer.magics.parser import Given
-    from nbinfer.session import Model, TextStream
+    from nbinfer.session import ImageStream, Model, TextStream
+
+
+_PREVIEWS = 8
+"""Pictures of an image on its way: each costs a small decoding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +210,15 @@ def infer_options(given: Given, names: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
+def image_options(given: Given) -> dict[str, Any]:
+    """Return the keywords of :func:`nbinfer.generate_image` that a line asks for, ``model`` aside."""
+    values = given.values
+    options = {
+        option.images: values[option.name] for option in INFER if option.images and option.name in values
+    }
+    return {**options, **dict(values.get("params", ()))}
+
+
 # -- asking -------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +286,78 @@ def _answer(
     return shown
 
 
+def images(
+    prompt: str,
+    *,
+    model: str | None,
+    options: dict[str, Any],
+    look: Look,
+    keep: Callable[[ShownImages], None],
+    path: str | None,
+) -> ShownImages:
+    """Make images and show them on their way.
+
+    Parameters
+    ----------
+    keep
+        Called exactly once with what there is in the end, also when this raises.
+    path
+        Where to save the image; of several, the second is ``NAME-2.png``. None: nowhere.
+
+    Raises
+    ------
+    NbinferError
+        The request or the engine failed; ``keep`` has got what there was.
+    KeyboardInterrupt
+        The person stopped it; ``keep`` has got the finished images.
+    """
+    from nbinfer.display.images import ImageSink, ImageTerminalSink, ShownImages
+
+    stream: ImageStream | None = None
+    sink: ImageSink | ImageTerminalSink | None = None
+    with short_interrupt("the images were stopped; the finished ones were kept."):
+        try:
+            found = session.get(model, mode=Mode.IMAGE_GENERATION)
+            live = look.live and not look.quiet
+            stream = found.images(
+                prompt, **{"previews": _PREVIEWS if live and look.in_place else 0, **options}
+            )
+            if not look.quiet:
+                sink = ImageSink(model=found.name) if look.in_place else ImageTerminalSink()
+            for event in stream:
+                if sink is not None and live:
+                    sink.event(event)
+            result = stream.result()
+        except BaseException as error:
+            with interrupt_later():
+                partial = ImageResult(images=(), prompt=prompt)
+                if stream is not None:
+                    stream.cancel()
+                    partial = stream.partial()
+                stopped = isinstance(error, KeyboardInterrupt)
+                partial = partial.with_changes(
+                    finish_reason="interrupted" if stopped else "error",
+                    error=None if stopped else str(error) or type(error).__name__,
+                )
+                keep(ShownImages.of(partial))
+                _save_images(partial, path)
+                if sink is not None:
+                    sink.finish(partial)
+            raise
+    shown = ShownImages.of(result)
+    keep(shown)
+    _save_images(result, path)
+    if sink is not None:
+        sink.finish(result)
+    return shown
+
+
+def _save_images(result: ImageResult, path: str | None) -> None:
+    for number, image in enumerate(result.images if path is not None else (), start=1):
+        target = Path(str(path))
+        image.save(target if number == 1 else target.with_stem(f"{target.stem}-{number}"))
+
+
 def _what_there_is(stream: TextStream | None, error: BaseException) -> Result:
     partial = Result(text="") if stream is None else stream.partial()
     if isinstance(error, KeyboardInterrupt):
@@ -279,7 +366,13 @@ def _what_there_is(stream: TextStream | None, error: BaseException) -> Result:
 
 
 def over_rows(
-    spec: str, prompt: str, names: Mapping[str, Any], *, model: str | None, options: dict[str, Any]
+    spec: str,
+    prompt: str,
+    names: Mapping[str, Any],
+    *,
+    model: str | None,
+    options: dict[str, Any],
+    images: bool = False,
 ) -> Any:
     """Ask once per row: ``FRAME`` or ``FRAME.COL``, where a body without a field ends in that column.
 
@@ -295,7 +388,8 @@ def over_rows(
     if column and not _has_field(prompt):
         prompt = f"{prompt.rstrip()}\n\n{{{column}}}" if prompt.strip() else f"{{{column}}}"
     options = {**options, **options.pop("params", {})}
-    return frames.complete(data, prompt, model=model, **options)
+    operator = frames.generate_images if images else frames.complete
+    return operator(data, prompt, model=model, **options)
 
 
 def _has_field(prompt: str) -> bool:

@@ -71,10 +71,10 @@ def complete(before: str, magics: NbInferMagics) -> Found | None:
     if match is None:
         return None
     _, magic, rest = match.groups()
+    opening = rest.rfind("{{")
+    if opening >= 0 and "}}" not in rest[opening:]:
+        return _expression(rest[opening + 2 :], magics)
     if magic == "infer":
-        opening = rest.rfind("{{")
-        if opening >= 0 and "}}" not in rest[opening:]:
-            return _expression(rest[opening + 2 :], magics)
         if "\n" in rest:
             return None  # prose
         return _infer_line(rest.lstrip(), magics, cell=in_cell)

@@ -25,6 +25,7 @@ from nbinfer.magics.parser import find_command, next_word, parse_command, parse_
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nbinfer.display.images import ShownImages
     from nbinfer.display.sinks import ShownResult
     from nbinfer.magics.parser import Given
     from nbinfer.magics.settings import NbInfer
@@ -65,7 +66,7 @@ class NbInferMagics(Magics):
         self._shell = shell
         self.settings = settings
         self.chats = ask.Chats()
-        self._fresh: list[ShownResult] = []
+        self._fresh: list[ShownResult | ShownImages] = []
 
     def settle(self, *_: Any) -> None:
         """After each cell: what it has shown may be shown again."""
@@ -103,8 +104,21 @@ class NbInferMagics(Magics):
             return self._over(given, prompt, names)
         if not given.values.get("raw"):
             prompt = template.expand(prompt, names)
+        if "image_out" in given.values:
+            return self._draw(given, prompt)
         options = ask.infer_options(given, names)
         return self._ask(given, prompt, options)
+
+    def _draw(self, given: Given, prompt: str) -> ShownImages:
+        values = given.values
+        return ask.images(
+            prompt,
+            model=values.get("model"),
+            options=ask.image_options(given),
+            look=self._look(values),
+            keep=lambda shown: self._keep(shown, values.get("out")),
+            path=values["image_out"] or None,
+        )
 
     def _ask(self, given: Given, prompt: str, options: dict[str, Any]) -> ShownResult | None:
         values = given.values
@@ -139,7 +153,7 @@ class NbInferMagics(Magics):
             in_place=settings.display == "rich" or (settings.display == "auto" and notebook),
         )
 
-    def _keep(self, shown: ShownResult, out: str | None) -> None:
+    def _keep(self, shown: ShownResult | ShownImages, out: str | None) -> None:
         self._fresh.append(shown)
         if out is not None:
             self._shell.push({out: shown})
@@ -151,8 +165,11 @@ class NbInferMagics(Magics):
             prompt = template.expand(
                 prompt, names, quote=lambda text: text.replace("{", "{{").replace("}", "}}")
             )
-        options = ask.infer_options(given, names)
-        frame = ask.over_rows(values["over"], prompt, names, model=values.get("model"), options=options)
+        drawn = "image_out" in values
+        options = ask.image_options(given) if drawn else ask.infer_options(given, names)
+        frame = ask.over_rows(
+            values["over"], prompt, names, model=values.get("model"), options=options, images=drawn
+        )
         if values.get("out") is not None:
             self._shell.push({values["out"]: frame})
         return None if values.get("quiet") and values.get("out") is not None else frame
@@ -160,15 +177,17 @@ class NbInferMagics(Magics):
     # -- %nbinfer -------------------------------------------------------------------------------------------
 
     @no_var_expand
+    @needs_local_scope
     @line_magic
-    def nbinfer(self, line: str = "") -> Any:
+    def nbinfer(self, line: str = "", local_ns: Mapping[str, Any] | None = None) -> Any:
         """Load, list and inspect local models."""
         word = next_word(line, 0)
         if word is None or word.text in ("-h", "--help"):
             show_help(nbinfer_help())
             return None
         command = find_command(word.text)
-        given = parse_command(command, line[word.end :])
+        names = self._names(local_ns or {})
+        given = parse_command(command, line[word.end :], expand=lambda text: template.expand(text, names))
         if given.values.get("help") or command.name == "help":
             show_help(commands.help_text(command, given))
             return None

@@ -34,6 +34,8 @@ class Option:
         May be given several times; the value is a list.
     optional
         The value may be left out; it is then "".
+    images
+        The keyword of :func:`nbinfer.generate_image` that it fills, with ``--image-out``.
     rows
         Also goes with ``--over``.
     """
@@ -47,6 +49,7 @@ class Option:
     value: Any = True
     repeat: bool = False
     optional: bool = False
+    images: str | None = None
     choices: tuple[str, ...] = ()
     completes: Completes = ""
     rows: bool = True
@@ -55,6 +58,12 @@ class Option:
 def _sampling(name: str, flags: tuple[str, ...], kind: Kind, text: str) -> Option:
     metavar = "N" if kind == "int" else "X"
     return Option(name=name, flags=flags, kind=kind, metavar=metavar, help=text, keyword=name)
+
+
+def _image(
+    name: str, flags: tuple[str, ...], kind: Kind, metavar: str, text: str, keyword: str | None = None
+) -> Option:
+    return Option(name=name, flags=flags, kind=kind, metavar=metavar, help=text, images=keyword or name)
 
 
 INFER: tuple[Option, ...] = (
@@ -91,7 +100,15 @@ INFER: tuple[Option, ...] = (
     ),
     _sampling("top_k", ("--top-k",), "int", "sample from the N likeliest tokens; 0 is off"),
     _sampling("min_p", ("--min-p",), "float", "drop tokens less likely than this part of the likeliest"),
-    _sampling("seed", ("--seed",), "int", "seed of the random choice"),
+    Option(
+        name="seed",
+        flags=("--seed",),
+        kind="int",
+        metavar="N",
+        help="seed of the random choice",
+        keyword="seed",
+        images="seed",
+    ),
     _sampling("repeat_penalty", ("--repeat-penalty",), "float", "penalty on repeating tokens; 1 is off"),
     _sampling("presence_penalty", ("--presence-penalty",), "float", "penalty on tokens that have occurred"),
     _sampling("frequency_penalty", ("--frequency-penalty",), "float", "penalty by how often they have"),
@@ -159,6 +176,19 @@ INFER: tuple[Option, ...] = (
         completes="path",
         rows=False,
     ),
+    Option(
+        name="image_out",
+        flags=("--image-out",),
+        metavar="FILE.png",
+        help="make an image of the prompt, with an image model, and save it where a file is named; in "
+        "%infer a file is given as --image-out=FILE.png",
+        optional=True,
+    ),
+    _image("size", ("--size",), "text", "WxH", "pixels of the image, width first: 512x768"),
+    _image("count", ("--count",), "int", "N", "so many images, of seeds that follow each other", "n"),
+    _image("steps", ("--steps",), "int", "N", "denoising steps of the image"),
+    _image("guidance", ("--guidance",), "float", "X", "how closely the image follows the prompt"),
+    _image("negative", ("--negative",), "text", "TEXT", "what the image does not show", "negative_prompt"),
     Option(
         name="over",
         flags=("--over",),
@@ -293,7 +323,7 @@ COMMANDS: tuple[Command, ...] = (
                 name="mode",
                 flags=("--mode",),
                 metavar="MODE",
-                help="completion, embedding or reranking; default: what the file is made for",
+                help="completion, embedding, reranking or image-generation; default: what it is made for",
                 keyword="mode",
                 completes="mode",
             ),
@@ -419,4 +449,5 @@ def command_help(command: Command) -> str:
 def nbinfer_help() -> str:
     """Return the help of ``%nbinfer``."""
     rows = [(" ".join((command.name, *command.words)), command.help) for command in COMMANDS]
-    return f"%nbinfer COMMAND\n\nLoad, list and inspect local models.\n\n{_aligned(rows)}\n"
+    note = "{{ expression }} in a word is replaced by a value of this notebook."
+    return f"%nbinfer COMMAND\n\nLoad, list and inspect local models.\n\n{_aligned(rows)}\n\n{note}\n"

@@ -264,10 +264,28 @@ def _check_combination(given: Given) -> None:
         raise UsageError(f"--extract is -f code; it does not go with -f {values['view']}.")
     if values.get("new") and "chat" not in values:
         raise UsageError("--new begins a conversation anew; name it with --chat.")
+    _check_images(values)
     if "over" in values:
         wrong = [option.flags[-1] for option in INFER if not option.rows and option.name in values]
         if wrong:
             raise UsageError(f"{wrong[0]} does not go with --over, where each row is asked on its own.")
+
+
+# What goes with --image-out and with an answer in words alike.
+_ANY_OUTPUT = ("model", "out", "over", "quiet", "no_stream", "raw", "help", "image_out", "params")
+
+
+def _check_images(values: dict[str, Any]) -> None:
+    """Check that options of images come with ``--image-out``, and no others."""
+    asked = [option for option in INFER if option.name in values and option.name not in _ANY_OUTPUT]
+    if "image_out" in values:
+        wrong = [option.flags[-1] for option in asked if option.images is None]
+        if wrong:
+            raise UsageError(f"{wrong[0]} is for answers in words; it does not go with --image-out.")
+        return
+    wrong = [option.flags[-1] for option in asked if option.images is not None and option.keyword is None]
+    if wrong:
+        raise UsageError(f"{wrong[0]} is for images: add --image-out.")
 
 
 def find_command(name: str) -> Command:
@@ -286,15 +304,15 @@ def find_command(name: str) -> Command:
     raise UsageError(f"%nbinfer has no command {name!r}.{hint}\nCommands: {', '.join(names)}.")
 
 
-def parse_command(command: Command, line: str) -> Given:
-    """Read the rest of a ``%nbinfer`` line.
+def parse_command(command: Command, line: str, *, expand: Callable[[str], str] | None = None) -> Given:
+    """Read the rest of a ``%nbinfer`` line; ``expand`` is applied to each word and value.
 
     Raises
     ------
     UsageError
         Too many words, too few, or a wrong option.
     """
-    given = parse(line, command.options, what=f"%nbinfer {command.name}")
+    given = parse(line, command.options, what=f"%nbinfer {command.name}", expand=expand)
     needed = sum(not word.startswith("[") for word in command.words)
     if not given.values.get("help") and not needed <= len(given.words) <= len(command.words):
         usage = " ".join((command.name, *command.words))

@@ -29,11 +29,6 @@ def shown() -> dict[str, str]:
     }
 
 
-def test_it_is_committed_without_outputs() -> None:
-    code = [cell for cell in read().cells if cell.cell_type == "code"]
-    assert [cell.id for cell in code if cell.outputs or cell.execution_count is not None] == []
-
-
 @pytest.mark.kernel
 @pytest.mark.parametrize(
     ("cell", "text"),

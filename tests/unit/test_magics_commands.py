@@ -107,6 +107,14 @@ def test_aliases_are_made_listed_and_removed(nb: Notebook) -> None:
     assert len(nb.run("%nbinfer alias")) == 0
 
 
+def test_values_of_the_notebook_go_into_commands(nb: Notebook) -> None:
+    nb.set(where="some folder/model.gguf")
+    nb.run("%nbinfer alias mine {{ where }}")
+    assert nb.run("%nbinfer alias mine") == "some folder/model.gguf"
+    with pytest.raises(UsageError, match="there is no variable 'wher'"):
+        nb.run("%nbinfer alias mine {{ wher }}")
+
+
 def test_config_says_where_each_value_comes_from(nb: Notebook) -> None:
     nb.run("%config NbInfer.footer = False")
     rows = {row["setting"]: row for row in nb.run("%nbinfer config").to_dict("records")}

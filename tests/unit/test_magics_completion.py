@@ -73,6 +73,7 @@ def test_options(nb: Notebook, start: str) -> None:
         ("%%infer\n{{ table.tit", ["table.title"]),
         ("%%infer\n{{ name | upp", ["upper"]),
         ("%%infer\n{{ len(nam", ["name", "names"]),
+        ("%nbinfer load {{ nam", ["name", "names"]),
         ("%nbinfer un", ["unload"]),
         ("%nbinfer unload sm", ["smol"]),
         ("%nbinfer load --mode emb", ["embedding"]),
