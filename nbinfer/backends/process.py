@@ -15,7 +15,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nbinfer.backends.crash import explain
+from nbinfer.backends.crash import CrashReport, exit_words, explain
 from nbinfer.contract.errors import ModelLoadError, NbinferError
 from nbinfer.engines.remote.wire import RunnerLost, error_from_json
 
@@ -265,7 +265,10 @@ def _ending(code: int, log: str, what: str) -> NbinferError:
     for line in reversed(log.splitlines()):
         if line.startswith(ERROR_MARK):
             with contextlib.suppress(ValueError):
-                return error_from_json(json.loads(line.removeprefix(ERROR_MARK)))
+                found = error_from_json(json.loads(line.removeprefix(ERROR_MARK)))
+                if isinstance(found, RunnerLost):
+                    found.report = CrashReport(str(found), exit_words(code), log, log)
+                return found
     report = explain(code, log, what=what)
     error = RunnerLost(str(report))
     error.report = report

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
     from nbinfer.backends.process import RunControl
     from nbinfer.contract.config import ModelConfig
+    from nbinfer.contract.errors import NbinferError
     from nbinfer.contract.modes import Mode
     from nbinfer.contract.status import BackendStatus
     from nbinfer.engines.protocol import Engine
@@ -122,4 +123,36 @@ class Updatable(Protocol):
 
     def update(self) -> None:
         """Bring a newer version, after a successful install."""
+        ...
+
+
+@runtime_checkable
+class ServesBeside(Protocol):
+    """A backend whose models, in the sidecar, run in a server of its own beside the runner."""
+
+    def open_server(
+        self,
+        path: Path,
+        *,
+        mode: Mode,
+        name: str,
+        config: ModelConfig,
+        on_stage: Callable[[str, float], None],
+        on_lost: Callable[[NbinferError], None],
+        **options: Any,
+    ) -> Engine:
+        """Start the server for a model, and return the engine in front of it; closing that ends the server.
+
+        Parameters
+        ----------
+        on_stage
+            Called with the stage of the start, in words, and how much of it is done, 0 to 1.
+        on_lost
+            Called once with the crash report when the server ends by itself.
+
+        Raises
+        ------
+        BackendUnavailable, ConfigError, NotSupported, ModelLoadError
+            As ``Backend.open`` does.
+        """
         ...

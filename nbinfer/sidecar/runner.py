@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbinfer.backends.process import ERROR_MARK
+from nbinfer.backends.protocol import ServesBeside
 from nbinfer.contract.errors import EngineError, NbinferError
 from nbinfer.contract.modes import Mode
 from nbinfer.engines.remote.wire import error_to_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nbinfer.engines.protocol import Engine
     from nbinfer.sidecar.app import Served
 
@@ -73,7 +76,7 @@ async def _serve(spec: dict[str, Any]) -> int:
 
     def load() -> None:
         try:
-            served.engine = _open(spec, served)
+            served.engine = _open(spec, served, dead)
         except BaseException as error:  # noqa: BLE001 - reported by the main thread
             failed.append(error)
             loop.call_soon_threadsafe(stop)
@@ -109,24 +112,28 @@ async def _close_engine_at_exit(serving: Any, served: Served) -> None:
         await asyncio.to_thread(served.engine.close)
 
 
-def _open(spec: dict[str, Any], served: Served) -> Engine:
+def _open(spec: dict[str, Any], served: Served, dead: Callable[[BaseException], None]) -> Engine:
     from nbinfer import backends
     from nbinfer.contract.config import ModelConfig
 
-    def progress(fraction: float) -> None:
-        served.stage, served.fraction = "reading weights", fraction
+    def stage(word: str, fraction: float) -> None:
+        served.stage, served.fraction = word, fraction
 
-    served.stage = "importing the engine"
     options = dict(spec["options"])
     if spec["digest"]:
         options["digest"] = spec["digest"]
-    return backends.get(spec["backend"]).open(
-        Path(spec["model"]),
-        mode=Mode(spec["mode"]),
-        name=served.names[0],
-        config=ModelConfig.from_json(spec["config"]),
-        on_progress=progress,
+    described: dict[str, Any] = {
+        "mode": Mode(spec["mode"]),
+        "name": served.names[0],
+        "config": ModelConfig.from_json(spec["config"]),
         **options,
+    }
+    adapter = backends.get(spec["backend"])
+    stage("importing the engine", 0.0)
+    if isinstance(adapter, ServesBeside):
+        return adapter.open_server(Path(spec["model"]), on_stage=stage, on_lost=dead, **described)
+    return adapter.open(
+        Path(spec["model"]), on_progress=lambda fraction: stage("reading weights", fraction), **described
     )
 
 

@@ -78,13 +78,19 @@ class Runner:
         return self._control.log.text()
 
     def rss(self) -> int:
-        """Bytes of RAM that the process has resident now; 0 when it is gone."""
+        """Bytes of RAM that the process, and those that it started, have resident now; 0 when it is gone."""
         import psutil
 
         try:
-            return int(psutil.Process(self.pid).memory_info().rss)
+            own = psutil.Process(self.pid)
+            processes = [own, *own.children(recursive=True)]
         except psutil.Error:
             return 0
+        total = 0
+        for process in processes:
+            with contextlib.suppress(psutil.Error):  # it went meanwhile
+                total += int(process.memory_info().rss)
+        return total
 
     def _run(self) -> None:
         recipe = self.recipe

@@ -453,7 +453,8 @@ class ServedCompletions(CompletionEngine):
 
     async def _refusal(self, error: Exception) -> NbinferError:
         host: Any = self._host
-        if isinstance(error, ConnectionLostError):
+        # The server still answers for a moment after the process that computes has died.
+        if isinstance(error, ConnectionLostError) or "EngineCore encountered" in str(error):
             lost: NbinferError = await asyncio.to_thread(host.lost, error)
             return lost
         if isinstance(error, RequestError):
