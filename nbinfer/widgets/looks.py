@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 _LOG_BYTES = 64 * 1024
+_LONGEST_LINE = 400
 
 
 class Rates:
@@ -242,7 +243,8 @@ class Crashes:
             except OSError:  # only the newest are kept
                 continue
             last = next((line for line in reversed(log.splitlines()) if line.strip()), "")
-            found.append((f"A model's process in the sidecar crashed.\n{words.short(last)}", log))
+            crashed = "A model's process in the sidecar crashed; the next request loads it again."
+            found.append((f"{crashed}\n{last[:_LONGEST_LINE]}", log))
         return found
 
 
@@ -250,21 +252,18 @@ class Crashes:
 
 
 def backends() -> Row:
-    """Return every backend with its status; ``install`` is the line that makes it usable, or empty."""
+    """Return every backend with its status.
+
+    ``install`` is the line that makes it usable, or empty; ``more`` what else there is to say about that.
+    """
     from nbinfer import backends as known
 
-    return {
-        "rows": [
-            {
-                "name": name,
-                "word": str(status.word),
-                "kind": words.kind_of(status.word),
-                "detail": status.detail,
-                "install": advice,
-            }
-            for name, status, advice in known.statuses()
-        ],
-    }
+    rows = []
+    for name, status, advice in known.statuses():
+        install, _, more = advice.partition("\n")
+        row = {"name": name, "word": str(status.word), "kind": words.kind_of(status.word)}
+        rows.append({**row, "detail": status.detail, "install": install, "more": " ".join(more.split())})
+    return {"rows": rows}
 
 
 def models(verdict: Callable[[FoundModel], Row] | None = None) -> Row:

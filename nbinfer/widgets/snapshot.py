@@ -124,10 +124,14 @@ def _plan(parts: Parts) -> Table | None:
 
 def _backends(parts: Parts) -> Table:
     rows = tuple(
-        (row["name"], Badge(row["word"], row["kind"]), row["detail"], row["install"])
+        (row["name"], Badge(row["word"], row["kind"]), row["detail"], _sentences(row["install"], row["more"]))
         for row in parts["backends"]["rows"]
     )
     return Table("Backends", (), rows)
+
+
+def _sentences(*texts: str) -> str:
+    return ". ".join(text.rstrip(".") for text in texts if text)
 
 
 def _messages(parts: Parts) -> Table | None:

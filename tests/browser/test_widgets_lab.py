@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import pytest
 from support.axe import violations
 from support.kernel import WITH_FAKE
 from support.lab import SHOTS
+from support.sidecar import check_gone, make_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -260,21 +262,94 @@ def test_an_export_to_markdown_has_the_words_of_the_panel(saved: Any) -> None:
     assert "object at 0x" not in body
 
 
-def test_the_real_panel_plans_loads_and_measures_what_it_planned(lab: Lab) -> None:
-    lab.write("real.ipynb", "%load_ext nbinfer\n%nbinfer panel")
-    with lab.tab("real.ipynb", width=1100, height=1300) as tab:
+# The panel itself, with a sidecar of its own.
+REAL = """
+import os, signal
+os.environ["NBINFER_RUNTIME_DIR"] = {folder!r}
+import nbinfer as nb
+from nbinfer.session import session
+panel = nb.panel()
+panel
+"""
+COMPARE = """
+planned = {each["kind"]: each["bytes"] for each in panel.watched.state["plan"]["segments"]}
+held = session.find("demo").measured_memory()["CPU"]
+weights = planned.get("weights", 0) + planned.get("file_backed", 0)
+same = (weights, planned["cache"], planned["compute"]) == (held["weights"], held["context"], held["compute"])
+print("planned and held:", same, session.find("demo").info.context_size)
+"""
+KILL = 'os.kill(session.find("demo").engine.hold.pid, signal.SIGKILL)'
+AGAIN = 'print("again:", nb.infer("What is the capital of France?"))'
+END = """
+from nbinfer.sidecar import discovery
+nb.unload()
+print("stopped:", discovery.stop())
+"""
+# Sixty moves a second for a second, as a hand makes them: to the end and back, ending at the second stop.
+_DRAG = """async () => {
+  const slider = document.querySelector('.nbinfer-w input[type=range]'), most = Number(slider.max);
+  const began = performance.now();
+  for (let i = 0; i <= 60; i++) {
+    const way = i / 60 * 2 * most, at = i === 60 ? 1 : Math.round(way <= most ? way : 2 * most - way);
+    slider.value = at;
+    slider.dispatchEvent(new Event('input', { bubbles: true }));
+    await new Promise(done => setTimeout(done, Math.max(0, began + i * 1000 / 60 - performance.now())));
+  }
+}"""
+
+
+@pytest.fixture(scope="module")
+def real(lab: Lab) -> Iterator[Tab]:
+    """The panel of this machine."""
+    folder = make_folder()
+    lab.write("real.ipynb", REAL.format(folder=str(folder)), COMPARE, KILL, AGAIN, END)
+    with lab.tab("real.ipynb", width=1100, height=1700) as tab:
         tab.page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
         tab.run(0)
-        page = tab.page
-        page.get_by_role("button", name="Plan demo", exact=True).press("Enter")
-        page.get_by_text("exact: llama.cpp's own plan").wait_for()
-        page.get_by_role("slider", name="Context").press("Home")
-        page.get_by_role("slider", name="Context").press("ArrowRight")
-        page.get_by_text("exact: llama.cpp's own plan").wait_for()
-        page.get_by_role("button", name="Load", exact=True).press("Enter")
-        page.get_by_text("demo is loaded").wait_for()
-        facts = page.locator(".nbinfer-w-facts").filter(has_text="measured").inner_text()
-        measured, estimated = re.findall(r"([\d.]+ [KMG]iB) (?:measured|estimated)", facts)
-        assert measured == estimated
-        tab.shot("panel-lab-real")
-        assert (tab.strays, tab.errors) == ([], [])
+        tab.page.get_by_role("region", name="nbinfer panel").wait_for()
+        yield tab
+        tab.run(4)
+        tab.page.get_by_text("stopped: True").wait_for()
+    check_gone(folder)
+    shutil.rmtree(folder)
+
+
+def test_after_sixty_moves_a_second_the_panel_has_the_bytes_that_the_load_then_takes(real: Tab) -> None:
+    page = real.page
+    page.get_by_role("button", name="Plan demo", exact=True).press("Enter")
+    page.get_by_text("exact: llama.cpp's own plan", exact=True).wait_for()
+    page.evaluate(_DRAG)
+    page.locator("output").get_by_text("768 tokens").wait_for()
+    page.get_by_text("exact: llama.cpp's own plan", exact=True).wait_for()
+    page.get_by_role("button", name="Load", exact=True).press("Enter")
+    page.get_by_text("demo is loaded").wait_for()
+    facts = page.locator(".nbinfer-w-facts").filter(has_text="measured").inner_text()
+    measured, estimated = re.findall(r"([\d.]+ [KMG]iB) (?:measured|estimated)", facts)
+    assert measured == estimated
+    real.run(1)
+    page.get_by_text("planned and held: True 768").wait_for()
+    real.shot("panel-lab-real")
+    page.get_by_role("button", name="Unload demo", exact=True).press("Enter")
+    page.get_by_text("Nothing is loaded.").wait_for()
+    page.get_by_role("button", name="Dismiss this message").press("Enter")
+    assert (real.strays, real.errors) == ([], [])
+
+
+def test_a_crashed_runner_is_said_with_the_end_of_its_log_and_the_next_cell_works(real: Tab) -> None:
+    page = real.page
+    page.get_by_role("button", name="Plan demo", exact=True).press("Enter")
+    into = page.get_by_label("into")
+    into.press("ArrowDown")
+    assert into.input_value() == "sidecar"
+    page.get_by_role("button", name="Load", exact=True).press("Enter")
+    page.get_by_text("demo is loaded").wait_for(timeout=60_000)
+    page.get_by_text("llamacpp, in the sidecar").wait_for()
+    real.run(2)
+    page.get_by_text("A model's process in the sidecar crashed").wait_for()
+    message = page.get_by_role("listitem").filter(has_text="A model's process in the sidecar crashed")
+    message.locator("summary").press("Enter")
+    assert "demo" in message.locator("pre").inner_text()
+    real.shot("panel-lab-crashed")
+    real.run(3)
+    page.get_by_text("again: The capital of France is Paris.").wait_for()
+    assert (real.strays, real.errors) == ([], [])

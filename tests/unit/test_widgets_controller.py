@@ -221,7 +221,9 @@ def test_a_crash_in_the_sidecar_is_told_once_with_the_end_of_its_log(
     panel.look()
     panel.look()
     (message,) = _rows(panel, "messages")
-    assert message["text"] == "A model's process in the sidecar crashed.\nout of memory"
+    said, last = message["text"].splitlines()
+    assert said == "A model's process in the sidecar crashed; the next request loads it again."
+    assert last == "out of memory"
     assert message["log"].startswith("line one")
 
 

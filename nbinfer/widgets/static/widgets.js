@@ -445,6 +445,7 @@ function backendsView(model) {
   const node = section("Backends", list);
   const make = () => {
     const name = el("strong"), word = badge(), detail = el("span"), line = el("code"), copied = el("span", { role: "status" });
+    const note = el("div", { class: "nbinfer-w-note" });
     const copy = button("Copy", async () => {
       try {
         await navigator.clipboard.writeText(line.textContent);
@@ -455,13 +456,14 @@ function backendsView(model) {
       }
     });
     const summary = el("summary", {}, "How to install");
-    const more = el("details", {}, summary, line, " ", copy, " ", copied);
+    const more = el("details", {}, summary, line, " ", copy, " ", copied, note);
     const row = el("li", {}, el("div", { class: "nbinfer-w-main" }, name, " ", word, " ", detail, more));
     row.update = (b) => {
       say(name, b.name);
       word.update(b.word, b.kind);
       say(detail, b.detail);
       say(line, b.install);
+      say(note, b.more);
       say(summary, b.kind === "ok" ? "How to make it faster" : "How to install");
       set(copy, "aria-label", `Copy the line for ${b.name}`);
       show(more, Boolean(b.install));
