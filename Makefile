@@ -20,14 +20,14 @@ TORCH_NOT_HERE = $(shell $(TORCH_PYTHON) -c 'import platform, sys; \
 	here = (platform.system(), platform.machine(), *sys.version_info[:2]); \
 	print("" if here == ("Linux", "x86_64", 3, 11) else "this is %s on %s with Python %d.%d" % here)')
 
-.PHONY: quickstart test test-torch setup-torch lint lab docs setup clean
+.PHONY: quickstart test test-torch setup-torch lint lab docs docs-check tutorials setup clean
 
 quickstart: $(VENV)/.run
 	@mkdir -p build
 	$(BIN)/jupyter execute notebooks/01-quickstart.ipynb --output $(CURDIR)/build/01-quickstart.ipynb
 	$(BIN)/python tools/show_notebook.py build/01-quickstart.ipynb
 
-test: $(VENV)/.test lint
+test: $(VENV)/.test lint docs-check
 	$(BIN)/python -m pytest -m "not vllm and not images" --nbmake tests notebooks
 	@$(MAKE) --no-print-directory test-torch
 
@@ -51,6 +51,10 @@ lint: $(VENV)/.test
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+# The same pages, of the tutorials' saved outputs: half a minute.
+docs-check: $(VENV)/.test
+	NBINFER_DOCS_EXECUTE=off $(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 tutorials: $(VENV)/.run
 	$(BIN)/python tools/save_tutorials.py
@@ -77,7 +81,7 @@ $(VENV)/.run: $(VENV)/.python pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(PIP) install --quiet --editable '.[all]' --group lint --group test --group browser
+	$(PIP) install --quiet --editable '.[all]' --group lint --group test --group browser --group docs
 	touch $@
 
 $(VENV)/.lab: $(VENV)/.run

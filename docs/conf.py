@@ -12,7 +12,8 @@ _HERE = Path(__file__).parent
 
 # MyST-NB reads notebooks below this folder only; the tutorials live where people look for them.
 _TUTORIALS = _HERE / "tutorials"
-_TUTORIALS.mkdir(exist_ok=True)
+shutil.rmtree(_TUTORIALS, ignore_errors=True)  # one that was renamed leaves nothing
+_TUTORIALS.mkdir()
 for _notebook in (_HERE.parent / "notebooks").glob("*.ipynb"):
     shutil.copy2(_notebook, _TUTORIALS)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from docs_tables import PAGES as GENERATED
 from docs_tables import tables, written
+from rooms_picture import PICTURE, layers, picture
 
 import nbinfer
 from nbinfer.contract import errors
@@ -54,3 +55,9 @@ def test_every_public_function_is_in_the_reference() -> None:
     hidden = {"load_ipython_extension", "unload_ipython_extension", "__version__"}
     missing = [n for n in nbinfer.__all__ if n not in hidden and not re.search(rf"\b{n}\b", reference)]
     assert missing == []
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_import_check() -> None:
+    assert PICTURE.read_text() == picture(), "run: python tools/rooms_picture.py"
+    page = (DOCS / "architecture.md").read_text()
+    assert [room for room in layers() if f"`{room}`" not in page] == []
