@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nbinfer.bench import bench
     from nbinfer.contract.errors import NbinferError
     from nbinfer.contract.results import Result
+    from nbinfer.display.images import gallery
     from nbinfer.frames import (
         cache,
         classify,
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
         enable_accessor,
         extract,
         filter,  # noqa: A004 - the operator's common name; it shadows nothing but in here
+        generate_images,
         jinja,
         join,
         last_run,
         rerank,
+        save_images,
         similar,
         submit,
         vectors,
@@ -93,8 +96,10 @@ _NAMES = {
             "embed",
             "extract",
             "filter",
+            "generate_images",
             "last_run",
             "rerank",
+            "save_images",
             "similar",
             "submit",
             "vectors",
@@ -108,6 +113,7 @@ _NAMES = {
     **dict.fromkeys(("memory_bar", "monitor", "panel", "status_badge"), "nbinfer.widgets"),
     **dict.fromkeys(("plot_bench", "plot_similarity", "plot_sweep"), "nbinfer.plots"),
     "bench": "nbinfer.bench",
+    "gallery": "nbinfer.display.images",
     "estimate": "nbinfer.memory",
     "Result": "nbinfer.contract.results",
     "NbinferError": "nbinfer.contract.errors",
@@ -132,7 +138,9 @@ __all__ = [
     "estimate",
     "extract",
     "filter",
+    "gallery",
     "generate_image",
+    "generate_images",
     "get",
     "history",
     "infer",
@@ -152,6 +160,7 @@ __all__ = [
     "ps",
     "pull",
     "rerank",
+    "save_images",
     "settings",
     "similar",
     "status",

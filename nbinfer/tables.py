@@ -29,6 +29,18 @@ class InfoTable(pd.DataFrame):
         return rendering.mimebundle(self)
 
 
+class ImageFrame(pd.DataFrame):
+    """A DataFrame with images in it, which a notebook shows as thumbnails; so do its parts and copies."""
+
+    @property
+    def _constructor(self) -> Any:
+        return ImageFrame
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Any:
+        del include, exclude
+        return rendering.mimebundle(self)
+
+
 def table(kind: str, rows: list[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
     """Build an :class:`InfoTable` with these columns, also when there are no rows."""
     frame = InfoTable(pd.DataFrame(rows, columns=columns))

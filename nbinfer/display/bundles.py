@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nbinfer.contract.results import Logprobs, Result
+from nbinfer.contract.results import ImageResult, Logprobs, Result
 
 if TYPE_CHECKING:
     from nbinfer.contract.rendering import Bundle
@@ -23,6 +23,10 @@ def mimebundle(value: Any) -> Bundle:
         from nbinfer.display.logprobs import logprobs_bundle
 
         return logprobs_bundle(value)
+    if isinstance(value, ImageResult):
+        from nbinfer.display.images import image_bundle
+
+        return image_bundle(value)
     from nbinfer.session import Model
 
     if isinstance(value, Model):
@@ -31,7 +35,12 @@ def mimebundle(value: Any) -> Bundle:
         return model_bundle(value)
     from nbinfer.display.frame import badges_html, frame_bundle
     from nbinfer.display.text import printable
+    from nbinfer.tables import ImageFrame
 
+    if isinstance(value, ImageFrame):
+        from nbinfer.display.images import image_frame_bundle
+
+        return image_frame_bundle(value)
     if hasattr(value, "columns") and hasattr(value, "to_dict"):
         return frame_bundle(value)
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):

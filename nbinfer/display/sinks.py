@@ -86,7 +86,7 @@ class JupyterSink:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._model, self._view, self._footer, self._live = model, view, footer, live
-        self._publish = publish or _display_publisher()
+        self._publish = publish or display_publisher()
         self._clock, self._sleep = clock, sleep
         self._text = self._reasoning = ""
         self._tokens = 0
@@ -170,7 +170,8 @@ def _progress_bundle(progress: PromptProgress) -> Bundle:
     return {"text/plain": words, "text/html": page(f'<div class="nbinfer-foot">{escape(words)}</div>')}, {}
 
 
-def _display_publisher() -> Callable[[dict[str, Any], dict[str, Any], bool], None]:
+def display_publisher() -> Callable[[dict[str, Any], dict[str, Any], bool], None]:
+    """Return what shows (data, metadata, update) in one output of this cell."""
     import uuid
 
     from IPython.display import display

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nbinfer.frames.accessor import enable_accessor
+    from nbinfer.frames.images import generate_images, save_images
     from nbinfer.frames.joining import join
     from nbinfer.frames.journal import cache
     from nbinfer.frames.judge import classify, filter  # noqa: A004 - the operator's common name
@@ -39,6 +40,8 @@ _WHERE = {
     "rerank": "ranking",
     "join": "joining",
     "enable_accessor": "accessor",
+    "generate_images": "images",
+    "save_images": "images",
 }
 
 __all__ = [
@@ -50,10 +53,12 @@ __all__ = [
     "enable_accessor",
     "extract",
     "filter",
+    "generate_images",
     "jinja",
     "join",
     "last_run",
     "rerank",
+    "save_images",
     "similar",
     "submit",
     "vectors",

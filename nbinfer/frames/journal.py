@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from nbinfer.frames.pictures import Pictures
+
+IMAGES = "generate_images"
+"""The operator whose values are files of their own."""
+
 KEY_VERSION = 2
 """Part of every key; raised when what a key covers changes."""
 
@@ -65,6 +70,10 @@ class JournalWarning(UserWarning):
     """The journal works, but not as it should: for instance in memory, because its folder is read-only."""
 
 
+class ValueGone(NbinferError, LookupError):  # noqa: N818 - a state, not a failure
+    """An entry's value lies outside the journal, and is not there any more: the entry does not count."""
+
+
 class Codec(Protocol):
     """How an operator's values become bytes and back."""
 
@@ -73,7 +82,13 @@ class Codec(Protocol):
         ...
 
     def decode(self, data: bytes) -> Any:
-        """Return the value behind the bytes."""
+        """Return the value behind the bytes.
+
+        Raises
+        ------
+        ValueGone
+            They name something that is not there any more.
+        """
         ...
 
 
@@ -176,7 +191,8 @@ class Journal:
                     f"SELECT {_COLUMNS}, key, used FROM entries WHERE key IN ({marks})",  # noqa: S608 - marks
                     part,
                 ):
-                    found[row[-2]] = _record(row, codec)
+                    with contextlib.suppress(ValueGone):
+                        found[row[-2]] = _record(row, codec)
                     if row[-1] < today:
                         stale.append(row[-2])
                 if stale:
@@ -254,6 +270,8 @@ class Journal:
         where, values = _where(op=op, model=model)
         with self._lock:
             gone = self._db.execute(f"DELETE FROM entries{where}", values).rowcount  # noqa: S608 - constants
+            if self.path is not None and model is None and op in (None, IMAGES):
+                _pictures(self.path).clear()
             if not where:
                 gone += len(self._unsaved)
                 self._unsaved.clear()
@@ -265,13 +283,22 @@ class Journal:
         """Return what the journal holds."""
         with self._lock:
             rows = self._db.execute("SELECT op, count(*) FROM entries GROUP BY op ORDER BY op").fetchall()
+            images, image_bytes = (0, 0) if self.path is None else _pictures(self.path).held()
             return CacheInfo(
+                images=images,
+                image_bytes=image_bytes,
                 path=None if self.path is None else str(self.path),
                 entries=sum(count for _, count in rows) + len(self._unsaved),
                 bytes=self._bytes(),
                 limit=self.limit,
                 by_op=dict(rows),
             )
+
+
+def _pictures(journal: Path) -> Pictures:
+    from nbinfer.frames.pictures import open_pictures
+
+    return open_pictures(journal)
 
 
 def _where(**columns: str | None) -> tuple[str, list[str]]:
@@ -290,19 +317,25 @@ def _today() -> int:
 
 @dataclass(frozen=True, slots=True)
 class CacheInfo:
-    """What the results journal holds; ``path`` is None where it lives in memory. Sizes in bytes."""
+    """What the results journal holds; ``path`` is None where it lives in memory. Sizes in bytes.
+
+    Images are files of their own, beside it.
+    """
 
     path: str | None
     entries: int
     bytes: int
     limit: int
     by_op: Mapping[str, int]
+    images: int = 0
+    image_bytes: int = 0
 
     def __str__(self) -> str:
         per_op = ", ".join(f"{op} {count}" for op, count in self.by_op.items())
         return (
             f"{self.entries} results{f' ({per_op})' if per_op else ''}, {self.bytes / 2**20:.1f} of "
             f"{self.limit / 2**20:.0f} MiB, {self.path or 'in memory'}"
+            + (f"; {self.images} images, {self.image_bytes / 2**20:.1f} MiB" if self.images else "")
         )
 
 

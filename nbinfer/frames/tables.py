@@ -290,8 +290,9 @@ def read(data: Any) -> Table:
 
         items = pd.Series(list(data), dtype=object)
         return Table(items, "pandas", "list", (TEXT,), len(items))
-    module = type(data).__module__.partition(".")[0]
-    # The families are told apart without importing those that are not in use.
+    # The families, and classes made of theirs, are told apart without importing those that are not in use.
+    modules = [kind.__module__.partition(".")[0] for kind in type(data).__mro__]
+    module = next((each for each in modules if each in ("pandas", "polars", "pyarrow", "numpy")), "")
     if module == "pandas" and "pandas" in sys.modules:
         return _read_pandas(data)
     if module == "polars":
