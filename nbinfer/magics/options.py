@@ -180,8 +180,7 @@ INFER: tuple[Option, ...] = (
         name="image_out",
         flags=("--image-out",),
         metavar="FILE.png",
-        help="make an image of the prompt, with an image model, and save it where a file is named; in "
-        "%infer a file is given as --image-out=FILE.png",
+        help="make an image, and save it if a file is named; in %infer as --image-out=FILE.png",
         optional=True,
     ),
     _image("size", ("--size",), "text", "WxH", "pixels of the image, width first: 512x768"),
