@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nbinfer.contract.errors import NotSupported, RequestError
 from nbinfer.contract.requests import (
@@ -42,6 +43,46 @@ class ConstraintBody(Body):
     value: Any = None
 
 
+class StructuredOutputsBody(BaseModel):
+    """vLLM's constraint: one of its fields."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    choice: list[str] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    json_schema: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+
+    def constraint(self) -> Constraint:
+        """Return it as the engine takes it.
+
+        Raises
+        ------
+        RequestError
+            None of its fields is given, or several are.
+        """
+        schema = self.json_schema
+        if isinstance(schema, str):
+            try:
+                schema = json.loads(schema)
+            except ValueError:
+                raise RequestError("structured_outputs.json is text that is not JSON.") from None
+        given = [
+            Constraint("choices", tuple(self.choice)) if self.choice is not None else None,
+            Constraint("regex", self.regex) if self.regex is not None else None,
+            Constraint("grammar", self.grammar) if self.grammar is not None else None,
+            Constraint("json_schema", schema) if schema is not None else None,
+            Constraint("json") if self.json_object else None,
+        ]
+        found = [each for each in given if each is not None]
+        if len(found) != 1:
+            raise RequestError(
+                "structured_outputs takes one of choice, regex, grammar, json and json_object."
+            )
+        return found[0]
+
+
 class SamplingBody(Body):
     """Fields that chat and text completions share. Absent ones have OpenAI's defaults."""
 
@@ -60,6 +101,8 @@ class SamplingBody(Body):
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    # vLLM's word for the same.
+    structured_outputs: StructuredOutputsBody | None = None
     # nbinfer's own.
     constraint: ConstraintBody | None = None
     adapter: str | None = None
@@ -96,9 +139,31 @@ class SamplingBody(Body):
             raise RequestError(f"n={n} is out of range: it must be between 1 and {MAX_ANSWERS}.")
         return n
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_would_be_ignored(cls, given: Any) -> Any:
+        """Refuse fields that older vLLMs knew: whoever sends one relies on it."""
+        old = next((name for name in given if str(name).startswith("guided_")), None) if given else None
+        if old is not None:
+            raise RequestError(
+                f"{old} is not known any more: use "
+                '"structured_outputs": {"choice": …}, with regex, grammar or json instead of choice.'
+            )
+        return given
+
     def own_constraint(self) -> Constraint | None:
-        """Return nbinfer's own constraint."""
+        """Return the constraint in nbinfer's own words, or in vLLM's.
+
+        Raises
+        ------
+        RequestError
+            Both are given.
+        """
         given = self.constraint
+        if self.structured_outputs is not None:
+            if given is not None:
+                raise RequestError("constraint and structured_outputs cannot be combined.")
+            return self.structured_outputs.constraint()
         if given is None:
             return None
         value = tuple(given.value) if isinstance(given.value, list) else given.value
