@@ -38,35 +38,60 @@ MISTAKES = {
     "file": "%nbinfer load missing.gguf",
     "gguf": "%nbinfer load corrupt.gguf",
 }
+FAILING = f"""{WITH_FAKE}
+from nbinfer.contract.errors import EngineError
+engine.script = lambda request: ["so far", EngineError("the GPU is gone.")]
+"""
+
+
+def run_all(commands: dict[str, list[str]], folder: Path) -> dict[str, tuple[int, str]]:
+    """Run modules of Python side by side; return exit status and output of each."""
+    runs = {
+        name: subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", *command],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name, command in commands.items()
+    }
+    ended = {}
+    for name, run in runs.items():
+        with run:
+            said, _ = run.communicate(timeout=120)
+        ended[name] = run.returncode, said
+    return ended
 
 
 def test_papermill_fails_on_every_mistake_and_passes_without(tmp_path: Path) -> None:
     (tmp_path / "corrupt.gguf").write_bytes(b"GGUF" + b"x" * 100)
-    runs = {}
+    commands = {}
     for name, cell in {**MISTAKES, "right": "%infer hello"}.items():
         path = write_notebook(tmp_path / f"{name}.ipynb", WITH_FAKE, cell)
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "papermill",
-            "--no-progress-bar",
-            "--cwd",
-            str(tmp_path),
-        ]
-        runs[name] = subprocess.Popen(
-            [*command, str(path), str(tmp_path / f"{name}-out.ipynb")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-    codes = {}
-    for name, run in runs.items():
-        with run:
-            run.communicate(timeout=120)
-        codes[name] = run.returncode
+        commands[name] = ["papermill", "--no-progress-bar", str(path), str(tmp_path / f"{name}-out.ipynb")]
+    codes = {name: code for name, (code, _) in run_all(commands, tmp_path).items()}
     assert codes.pop("right") == 0
     assert all(code != 0 for code in codes.values()), codes
+
+
+def test_a_failing_engine_fails_the_run_whatever_runs_the_notebook(tmp_path: Path) -> None:
+    for name, setup in {"right": WITH_FAKE, "fails": FAILING}.items():
+        write_notebook(tmp_path / f"{name}.ipynb", setup, "%infer hello")
+    ended = run_all(
+        {
+            "papermill": ["papermill", "--no-progress-bar", "fails.ipynb", "out.ipynb"],
+            "jupyter execute": ["jupyter", "execute", "fails.ipynb"],
+            "jupyter execute, right": ["jupyter", "execute", "right.ipynb"],
+            "nbmake": ["pytest", "--nbmake", "-p", "no:cacheprovider", "fails.ipynb", "right.ipynb"],
+        },
+        tmp_path,
+    )
+    assert ended.pop("jupyter execute, right")[0] == 0
+    for name, (code, said) in ended.items():
+        assert code != 0, name
+        assert "EngineError: the GPU is gone." in said, name
+    assert "1 failed, 1 passed" in ended["nbmake"][1]
 
 
 def test_a_saved_notebook_keeps_the_final_state_and_what_was_asked(tmp_path: Path) -> None:
@@ -201,3 +226,23 @@ def test_the_demo_model_answers_in_a_kernel(tmp_path: Path) -> None:
         assert "demo" in rows["text/html"]
         nb.run("%nbinfer unload")
         assert nb.run("%infer x").reply["ename"] == "ModelNotFound"
+
+
+@pytest.mark.engine
+def test_restart_and_run_all_gives_the_same_text(tmp_path: Path) -> None:
+    cells = (
+        "%load_ext nbinfer\n%nbinfer load demo -p threads=1",
+        "%infer -o r --seed 7 --temperature 1.5 --max-tokens 40 Tell me a story.",
+        "%infer -o plain What is the capital of Peru?",
+    )
+    with kernel(tmp_path) as nb:
+        texts = []
+        for _ in range(2):
+            for cell in cells:
+                ran = nb.run(cell)
+                assert ran.reply["status"] == "ok", ran.error_text
+            texts.append(nb.value("(r.text, plain.text)"))
+            nb.manager.restart_kernel(now=True)
+            nb.client.wait_for_ready(timeout=60)
+    assert texts[0] == texts[1]
+    assert "Lima" in texts[0]
