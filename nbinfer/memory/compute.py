@@ -107,23 +107,37 @@ def _flash_stays(made: Layout, shape: Shape, settings: Settings, *, gpus: int) -
     return all(result.device == device for device, result in builder.attended)
 
 
-def _rounds_kept(kinds: Sequence[object]) -> list[bool]:
-    """Say which blocks stay when long repetitions of a pattern are cut in the middle, by an even number."""
+def _ends_kept(kinds: Sequence[object]) -> list[bool]:
+    """Say which blocks stay when some of each kind from either end do: as many as keep odd numbers odd."""
+    alike: dict[object, list[int]] = {}
+    for number, kind in enumerate(kinds):
+        alike.setdefault(kind, []).append(number)
+    kept = {
+        number
+        for numbers in alike.values()
+        for number in (*numbers[: _OF_A_KIND + len(numbers) % 2], *numbers[-_OF_A_KIND:])
+    }
+    return [number in kept for number in range(len(kinds))]
+
+
+def _rounds_kept(kinds: Sequence[object], *, alone: int, among: int) -> list[bool]:
+    """Say which blocks stay when long repetitions of a pattern are cut in the middle, by an even number.
+
+    ``among`` rounds of it stay at either end; of a single kind of block ``alone``.
+    """
     kept = [True] * len(kinds)
     start = 0
     while start < len(kinds):
         length, rounds = 1, 1
         for period in range(1, min(_LONGEST_PATTERN, (len(kinds) - start) // 2) + 1):
             times = 1
-            while (
-                kinds[start : start + period] == kinds[start + times * period : start + (times + 1) * period]
-            ):
+            while kinds[start : start + period] == kinds[start + times * period :][:period]:
                 times += 1
             if times > 1 and times * period > length * rounds:
                 length, rounds = period, times
-        ends = _OF_A_KIND if length == 1 else 2
-        cut = max(0, (rounds - 2 * ends) // 2 * 2)
-        first = start + ends * length
+        stay = alone if length == 1 else among
+        cut = max(0, (rounds - 2 * stay) // 2 * 2)
+        first = start + stay * length
         kept[first : first + cut * length] = [False] * (cut * length)
         start += length * rounds
     return kept
@@ -290,17 +304,10 @@ class _Builder:
         shared = self.graph.gpus > 0 and CPU in self.placed
         if shared and self.shape.recurrent:
             return blocks
-        if self.small or shared or (self.shape.recurrent and among):
-            return [block for block, kept in zip(blocks, _rounds_kept(kinds), strict=True) if kept]
-        alike: dict[tuple[object, ...], list[int]] = {}
-        for number, kind in enumerate(kinds):
-            alike.setdefault(kind, []).append(number)
-        kept = {
-            number
-            for numbers in alike.values()
-            for number in (*numbers[: _OF_A_KIND + len(numbers) % 2], *numbers[-_OF_A_KIND:])
-        }
-        return [block for number, block in enumerate(blocks) if number in kept]
+        kept = _rounds_kept(kinds, alone=6 if shared else _OF_A_KIND, among=2)
+        if not (self.small or shared or (self.shape.recurrent and among)):
+            kept = min(kept, _ends_kept(kinds), key=sum)
+        return [block for block, stays in zip(blocks, kept, strict=True) if stays]
 
     def _kind(self, block: Block) -> tuple[object, ...]:
         return (

@@ -1,7 +1,8 @@
 """What vLLM will take: a share of the GPU that it fixes itself, and how many tokens of cache that leaves.
 
 vLLM takes ``gpu_memory_utilization`` of a GPU whatever the model is. The questions are whether the weights
-and one sequence fit into that share, and how long a context it can then hold. Sizes come from the headers
+and one sequence fit into that share, and how long a context it can then hold. On a CPU it takes the bytes of
+cache that it is told to, the weights, and what its processes need. Sizes come from the headers
 of the safetensors files and from ``config.json``; the cache's per-layer rules are those of vLLM's
 ``kv_cache_interface.py``.
 """
@@ -9,9 +10,10 @@ of the safetensors files and from ``config.json``; the cache's per-layer rules a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nbinfer.contract.errors import ConfigError, NotSupported
+from nbinfer.contract.memory import RequiredMemory
 from nbinfer.contract.units import human_bytes, parse_bytes
 from nbinfer.memory.machine import machine
 
@@ -28,18 +30,23 @@ _OVERHEAD = (400 << 20, 1400 << 20)
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float": 4, "half": 2}
 _STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _CACHE_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "float16": 2, "bfloat16": 2}
-CPU_BLOCK = 128
-"""Tokens of one block of the KV cache on a CPU; on GPUs it is 16."""
+CPU_BLOCK = 32
+"""Tokens of one block of the KV cache on a CPU, as nbinfer sets it; on GPUs it is 16."""
+CPU_PROCESSES = (600 << 20, 1400 << 20)
+"""Bytes of vLLM's own code and libraries on a CPU: in the kernel, and behind its server."""
+_CPU_CACHE = (64 << 20, 4 << 30)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmEstimate:
-    """One GPU's share of a model under vLLM; sizes in bytes.
+    """One GPU's share of a model under vLLM, or what it takes of main memory; sizes in bytes.
 
     Attributes
     ----------
     budget
-        What vLLM will take: utilisation x total.
+        What vLLM will take: utilisation x total; on a CPU, all parts together.
+    utilization
+        The share of the GPU; 0 on a CPU.
     weights
         On each GPU, after the type they are loaded in.
     overhead
@@ -66,18 +73,31 @@ class VllmEstimate:
     max_model_len: int
     required: int
     tensor_parallel: int
+    device: Literal["gpu", "cpu"] = "gpu"
+
+    @property
+    def memory(self) -> RequiredMemory:
+        """Bytes to set aside: of RAM, and of each GPU."""
+        if self.device == "cpu":
+            return RequiredMemory(self.budget)
+        return RequiredMemory(CPU_PROCESSES[1], (self.budget,) * self.tensor_parallel)
 
     @property
     def verdict(self) -> Verdict:
         """``tight`` when it depends on the overhead."""
         if self.budget > self.free or self.required > self.budget:
             return "does not fit"
+        if self.device == "cpu":
+            return "fits" if self.budget + self.overhead[1] - self.overhead[0] <= self.free else "tight"
         most = self.required + self.overhead[1] - self.overhead[0]
         return "fits" if most <= self.budget else "tight"
 
     @property
     def reason(self) -> str:
         """The verdict in words, with the setting that fits."""
+        if self.budget > self.free and self.device == "cpu":
+            asked, free = human_bytes(self.budget), human_bytes(self.free)
+            return f"does not fit: vLLM needs {asked} of main memory and {free} are free"
         if self.budget > self.free:
             fitting = int(100 * self.utilization * self.free / self.budget) / 100
             asked, free = human_bytes(self.budget), human_bytes(self.free)
@@ -95,9 +115,14 @@ class VllmEstimate:
         return f"{self.verdict}: room for {self.cache_tokens:,} tokens of cache"
 
     def __str__(self) -> str:
+        taken = (
+            f"{human_bytes(self.budget)} of main memory"
+            if self.device == "cpu"
+            else f"{human_bytes(self.budget)} ({self.utilization:.0%} of the GPU) whatever the model"
+        )
         return (
             f"{self.model} under vLLM: {self.reason}\n"
-            f"  takes {human_bytes(self.budget)} ({self.utilization:.0%} of the GPU) whatever the model\n"
+            f"  takes {taken}\n"
             f"  weights {human_bytes(self.weights)}, cache {human_bytes(self.cache_per_token)} a token, "
             f"overhead {human_bytes(self.overhead[0])} to {human_bytes(self.overhead[1])}"
         )
@@ -112,6 +137,8 @@ def estimate_vllm(
     kv_type: str = "auto",
     dtype: str = "auto",
     gpus: Sequence[str | int] | None = None,
+    device: Literal["gpu", "cpu"] | None = None,
+    kv_cache_bytes: str | int | None = None,
 ) -> VllmEstimate:
     """Say what vLLM will take for a safetensors model, and the longest context that fits; loads nothing.
 
@@ -131,11 +158,17 @@ def estimate_vllm(
         The type weights are loaded in; ``auto`` is the configuration's, with float32 loaded as bfloat16.
     gpus
         GPUs to plan for, by their memory; None is this machine's.
+    device
+        Where vLLM computes; None is a GPU where there is one, or one to plan for.
+    kv_cache_bytes
+        Size of the KV cache on a CPU; None is what nbinfer takes: four contexts, at least 64 MiB and at most
+        4 GiB.
 
     Raises
     ------
     NotSupported
-        The model is not one of safetensors, there is no GPU, or its configuration lacks what is needed.
+        The model is not one of safetensors, there are too few GPUs, or its configuration lacks what is
+        needed.
     ConfigError
         A setting is out of range.
     """
@@ -144,12 +177,20 @@ def estimate_vllm(
         raise ConfigError(f"gpu_memory_utilization={gpu_memory_utilization!r}: it is between 0 and 1.")
     if tensor_parallel < 1:
         raise ConfigError(f"tensor_parallel={tensor_parallel!r}: it is at least 1.")
-    total, free = _smallest_gpu(gpus, tensor_parallel)
+    here = machine() if not gpus or device == "cpu" else None
+    if device is None:
+        device = "gpu" if gpus or (gpus is None and here is not None and here.gpus) else "cpu"
     item = _loaded_bytes(header, dtype)
     weights = _weights(header, item) // tensor_parallel
     per_token = _cache_per_token(header, _CACHE_BYTES.get(kv_type, item), tensor_parallel)
     trained = header.context_length or 4096
     wanted = trained if context_size in (None, -1) else int(context_size or trained)
+    name = header.source.rstrip("/").rsplit("/", 1)[-1] or header.architecture
+    if device == "cpu":
+        assert here is not None  # noqa: S101 - asked for above
+        given = None if kv_cache_bytes is None else parse_bytes(kv_cache_bytes)
+        return _on_cpu(name, weights, per_token, wanted, trained, given, here.ram.available)
+    total, free = _smallest_gpu(gpus, tensor_parallel)
     budget = int(gpu_memory_utilization * total)
     room = budget - weights - sum(_OVERHEAD) // 2
     tokens = max(0, room // per_token) if per_token else trained
@@ -157,7 +198,7 @@ def estimate_vllm(
     most_room = budget - weights - _OVERHEAD[0]
     longest = min(trained, max(0, most_room // per_token)) if per_token else trained
     return VllmEstimate(
-        model=header.source.rstrip("/").rsplit("/", 1)[-1] or header.architecture,
+        model=name,
         utilization=gpu_memory_utilization,
         budget=budget,
         free=free,
@@ -170,6 +211,45 @@ def estimate_vllm(
         required=least,
         tensor_parallel=tensor_parallel,
     )
+
+
+def _on_cpu(
+    name: str, weights: int, per_token: int, wanted: int, trained: int, given: int | None, free: int
+) -> VllmEstimate:
+    one = per_token * -(-wanted // CPU_BLOCK) * CPU_BLOCK
+    cache = cpu_cache(one, free) if given is None else given
+    block = per_token * CPU_BLOCK
+    parts = weights + sum(CPU_PROCESSES) // 2
+    fitting = max(0, free - parts) // block * CPU_BLOCK if block else trained
+    return VllmEstimate(
+        model=name,
+        utilization=0.0,
+        budget=parts + cache,
+        free=free,
+        weights=weights,
+        overhead=CPU_PROCESSES,
+        cache_per_token=per_token,
+        cache_tokens=cache // block * CPU_BLOCK if block else trained,
+        longest_context=min(trained, fitting),
+        max_model_len=wanted,
+        required=parts + one,
+        tensor_parallel=1,
+        device="cpu",
+    )
+
+
+def cpu_cache(one: int, free: int) -> int:
+    """Return the bytes of KV cache that nbinfer gives vLLM on a CPU.
+
+    Parameters
+    ----------
+    one
+        Bytes of one whole context.
+    free
+        Bytes of main memory that are free.
+    """
+    least, most = _CPU_CACHE
+    return max(one, min(max(4 * one, least), most, free // 2))
 
 
 def cache_bytes(header: SafetensorsHeader, *, tokens: int, kv_type: str = "auto", dtype: str = "auto") -> int:
