@@ -34,6 +34,8 @@ pygments_dark_style = "monokai"
 html_theme = "furo"
 html_title = f"nbinfer {release}"
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

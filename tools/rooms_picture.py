@@ -20,13 +20,13 @@ BANDS = (
     ("what is known beforehand", ("memory", "models", "gguf")),
     ("the words they share", ("contract",)),
 )
-_WIDTH, _LEFT, _HEIGHT, _GAP = 720, 176, 46, 26
+_WIDTH, _LEFT, _HEIGHT, _GAP = 740, 186, 46, 26
 _STYLE = """
 .rooms text{font:14px system-ui,sans-serif;fill:var(--color-foreground-primary,currentColor)}
 .rooms .band{font-size:13px;fill:var(--color-foreground-secondary,currentColor)}
 .rooms rect{fill:var(--color-background-secondary,none);stroke:var(--color-foreground-border,currentColor)}
 .rooms path{stroke:var(--color-foreground-secondary,currentColor);fill:none;stroke-width:1.5}
-.rooms .room{font-family:ui-monospace,monospace}
+.rooms .room{font:13px ui-monospace,monospace}
 """.strip()
 
 
