@@ -123,9 +123,7 @@ def test_everything_is_reached_and_pressed_by_keyboard(page: Any, parts: dict[st
         "Filter",
         "Look again",
         "Models on this disk",
-        "Plan demo",
-        "Plan demo-embed",
-        "Plan demo-vision",
+        *[f"Plan {row['name']}" for row in parts["models"]["rows"] if not row["problem"]],
         "context 16,384",
         "Context",
         "KV cache type",
@@ -217,6 +215,22 @@ def test_an_advice_is_a_button_that_sets_the_sliders(
     assert not page.get_by_text("What fits").is_visible()
 
 
+def test_a_model_that_draws_has_no_field_for_what_it_has_not(
+    page: Any, parts: dict[str, Any], planner: FakePlanner
+) -> None:
+    none: dict[str, Any] = {"context": [], "kv_types": [], "layers": 0, "parallel": 0}
+    settings = {"context_size": None, "kv_type": "f16", "gpu_layers": -1, "parallel": None}
+    verdict = {"word": "unknown", "kind": "off", "text": "at least 4 GiB of 8 GiB"}
+    plan = {**_plan(planner, 4096), "limits": none, "settings": settings, "verdict": verdict}
+    draw(page, "panel", {**parts, "plan": plan})
+    section = page.get_by_role("region", name="Will it fit?")
+    assert section.get_by_role("slider").count() == 0
+    assert section.get_by_label("KV cache type").is_hidden()
+    section.get_by_role("button", name="Load", exact=True).click()
+    (load,) = sent(page, "load")
+    assert load["settings"] == settings
+
+
 def test_the_list_is_filtered_by_all_words(page: Any, parts: dict[str, Any]) -> None:
     draw(page, "panel", parts)
     page.get_by_role("searchbox", name="Filter").fill("LLAMA q8")
@@ -264,7 +278,13 @@ def test_names_are_text_whatever_they_are(page: Any, parts: dict[str, Any]) -> N
         hostile["messages"]["rows"][0] |= {"text": text, "log": text, "kind": text}
         hostile["requests"]["rows"][0] |= {"what": text, "model": text}
         hostile["loaded"]["rows"][0] |= {"name": text, "queue": text, "context": text, "memory": text}
-        hostile["backends"]["rows"][0] |= {"name": text, "word": text, "detail": text, "install": text}
+        hostile["backends"]["rows"][0] |= {
+            "name": text,
+            "word": text,
+            "detail": text,
+            "install": text,
+            "more": text,
+        }
         hostile["plan"] |= {"name": text, "source": text, "advice": [{"label": text, "settings": {}}]}
         hostile["machine"]["rows"][0] |= {"name": text, "text": text}
         draw(page, "panel", hostile)
