@@ -19,6 +19,8 @@ class Mode(StrEnum):
 _PATHS = {
     "/v1/chat/completions": Mode.COMPLETION,
     "/v1/completions": Mode.COMPLETION,
+    "/v1/messages": Mode.COMPLETION,
+    "/v1/messages/count_tokens": Mode.COMPLETION,
     "/v1/embeddings": Mode.EMBEDDING,
     "/v1/rerank": Mode.RERANKING,
     "/rerank": Mode.RERANKING,

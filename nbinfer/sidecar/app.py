@@ -34,7 +34,7 @@ from nbinfer.engines.remote.wire import (
     info_to_json,
     vector_to_base64,
 )
-from nbinfer.sidecar import images
+from nbinfer.sidecar import images, messages
 from nbinfer.sidecar.answers import (
     DONE,
     CallSplitter,
@@ -65,6 +65,7 @@ from nbinfer.sidecar.responses import (
     MisdirectedError,
     SafeJSONResponse,
     error_response,
+    shaped,
     while_connected,
 )
 
@@ -165,6 +166,7 @@ def make_app(served: Served, *, metrics: Metrics | None = None) -> FastAPI:
     _add_error_handlers(api, served)
     _add_plain_routes(api, served, counters)
     _add_completion_routes(api, served, counters)
+    _add_message_routes(api, served, counters)
     _add_pooled_routes(api, served, counters)
     _add_image_routes(api, served, counters)
     return api
@@ -173,9 +175,8 @@ def make_app(served: Served, *, metrics: Metrics | None = None) -> FastAPI:
 def _add_error_handlers(api: FastAPI, served: Served) -> None:
     @api.exception_handler(NbinferError)
     async def known(request: Request, error: NbinferError) -> Response:
-        del request
         await asyncio.to_thread(served.suspect, error)
-        response = error_response(error)
+        response = error_response(error, request.url.path)
         if served.engine is not None and isinstance(error, EngineClosed):
             # The request was never begun: the service may have it served by the next process.
             response.headers[ENDING] = "yes"
@@ -183,11 +184,11 @@ def _add_error_handlers(api: FastAPI, served: Served) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        del request
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         message = f"{where}: {first['msg']}" if where else str(first["msg"])
-        return SafeJSONResponse(error_body(message[:500], param=where[:200] or None), 400)
+        body = error_body(message[:500], param=where[:200] or None)
+        return SafeJSONResponse(shaped(request.url.path, 400, body), 400)
 
     @api.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -360,6 +361,67 @@ def _add_pooled_routes(api: FastAPI, served: Served, counters: Metrics) -> None:
                 "nbinfer": {"seconds": result.seconds},
             }
         )
+
+
+def _add_message_routes(api: FastAPI, served: Served, counters: Metrics) -> None:
+    @api.post(messages.PATH)
+    async def message(body: messages.MessagesBody, request: Request) -> Response:
+        engine, path = served.get(body.model), request.url.path
+        asked = body.whole()
+        streams = await _submit(engine, [asked.request()])
+        answer = messages.Message(served.names[0], asked)
+        if not body.stream:
+            results = await _wait(request, streams, counters)
+            if results is None:
+                return Response(status_code=499)
+            return SafeJSONResponse(answer.whole(results[0]))
+
+        async def done() -> None:
+            streams[0].cancel()
+
+        return ClosingStream(
+            _message_events(path, served, answer, streams, counters),
+            on_close=done,
+            media_type="text/event-stream",
+            headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+        )
+
+    @api.post(messages.COUNT_PATH)
+    async def count(body: messages.CountBody) -> dict[str, Any]:
+        engine = served.get(body.model)
+        _, tokens = await asyncio.to_thread(engine.render, body.chat().request())
+        return {"input_tokens": tokens}
+
+
+async def _message_events(
+    path: str, served: Served, answer: messages.Message, streams: list[Stream], counters: Metrics
+) -> AsyncIterator[bytes]:
+    """Yield the events of an answer in Anthropic's shape, what there is at one time in one piece."""
+    began, ended = time.perf_counter(), False
+    batches = _merged(streams)
+    try:
+        async for events in batches:
+            out: list[bytes] = []
+            for _, found in events:
+                if isinstance(found, Exception) and not isinstance(found, SchemaError):
+                    ended = True
+                    counters.note_failed(path)
+                    yield b"".join([*out, messages.error_event(found)])
+                    await asyncio.to_thread(served.suspect, found)
+                    return
+                if isinstance(found, Finished | SchemaError):
+                    ended = True
+                    result: Any = _cut_short(found) if isinstance(found, SchemaError) else found.result
+                    counters.note(path, result, time.perf_counter() - began)
+                    out += answer.close(result)
+                else:
+                    out += answer.take(found)
+            if out:
+                yield b"".join(out)
+    finally:
+        if not ended:
+            counters.note_cancelled(path)
+        await batches.aclose()
 
 
 def _add_image_routes(api: FastAPI, served: Served, counters: Metrics) -> None:

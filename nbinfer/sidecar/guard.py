@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from nbinfer.engines.remote.wire import error_body
+from nbinfer.sidecar.responses import shaped
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -43,7 +44,8 @@ class Guard:
     app
         The API.
     token
-        Asked for as ``Authorization: Bearer``; None on a Unix socket, where the peer's user id was checked.
+        Asked for as ``Authorization: Bearer``, or as ``x-api-key``; None on a Unix socket, where the peer's
+        user id was checked.
     hosts
         Names and addresses that the ``Host`` header may hold on TCP; a page that rebinds its name to this
         machine cannot send one of these. None on a Unix socket, where no page can connect.
@@ -78,7 +80,7 @@ class Guard:
             headers[name] = value
         refusal = self._refusal(headers)
         if refusal is not None:
-            await _refuse(send, *refusal)
+            await _refuse(send, *refusal, path=scope["path"])
             return
         await self._limited(scope, receive, send)
 
@@ -90,7 +92,9 @@ class Guard:
             return 403, "requests from web pages are not served."
         if self._token is not None:
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
-            if kind.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._token):
+            # Anthropic's clients send their key in a header of its own.
+            found = given.strip() if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+            if not hmac.compare_digest(found, self._token):
                 return 401, "the token is missing or wrong: send it as the API key."
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_body:
@@ -120,7 +124,8 @@ class Guard:
             await self._app(scope, counted, noted)
         except _TooLargeError:
             if not started:
-                await _refuse(send, 413, f"the body is larger than {self._max_body:,} bytes.")
+                words = f"the body is larger than {self._max_body:,} bytes."
+                await _refuse(send, 413, words, path=scope["path"])
 
 
 class _TooLargeError(BaseException):
@@ -135,8 +140,8 @@ def _is_local(host: bytes, allowed: Collection[str]) -> bool:
     return name is not None and (name in allowed or name in _LOCAL_NAMES)
 
 
-async def _refuse(send: Send, status: int, message: str) -> None:
-    body = json.dumps(error_body(message, code="refused")).encode()
+async def _refuse(send: Send, status: int, message: str, *, path: str = "") -> None:
+    body = json.dumps(shaped(path, status, error_body(message, code="refused"))).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:  # noqa: PLR2004 - Unauthorized
         headers.append((b"www-authenticate", b"Bearer"))

@@ -29,6 +29,18 @@ ENDING = "x-nbinfer-ending"
 """Header of a runner's answer that says that its engine is gone, and so will it be."""
 
 
+# HTTP status: Anthropic's type of the error.
+_ANTHROPIC_ERRORS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    421: "not_found_error",
+    503: "overloaded_error",
+}
+
+
 class MisdirectedError(ModelNotFound):
     """The request is for a model that is not served here (HTTP 421)."""
 
@@ -63,11 +75,20 @@ class ClosingStream(StreamingResponse):
             await self._on_close()
 
 
-def error_response(error: NbinferError) -> Response:
-    """Return the response that reports an error."""
+def shaped(path: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    """Return an error's body in the shape of the API that a path is part of: OpenAI's, or Anthropic's."""
+    if not path.startswith("/v1/messages"):
+        return body
+    kind = _ANTHROPIC_ERRORS.get(status, "api_error")
+    return {"type": "error", "error": {"type": kind, "message": body["error"]["message"]}}
+
+
+def error_response(error: NbinferError, path: str = "") -> Response:
+    """Return the response that reports an error of a request for ``path``."""
     status, body = error_to_json(error)
     if isinstance(error, MisdirectedError):
         status = 421
+    body = shaped(path, status, body)
     # Nothing here gets better by asking again at once, which OpenAI's clients do on 5xx.
     return SafeJSONResponse(body, status, headers={"x-should-retry": "false"})
 

@@ -42,7 +42,7 @@ from nbinfer.contract.keepalive import KeepAlive
 from nbinfer.contract.modes import Mode, mode_for_path, mode_from_json
 from nbinfer.engines.remote.unix import Answer, BrokenConnectionError, UnixClient
 from nbinfer.engines.remote.wire import STOPPING, RunnerLost, error_body, error_to_json
-from nbinfer.sidecar import discovery
+from nbinfer.sidecar import discovery, messages
 from nbinfer.sidecar.answers import sse
 from nbinfer.sidecar.guard import Guard
 from nbinfer.sidecar.listen import server, tcp_socket, unix_socket
@@ -64,6 +64,8 @@ CRASH_SECONDS = 1.5
 _PASSED_ON = {
     "/v1/chat/completions",
     "/v1/completions",
+    messages.PATH,
+    messages.COUNT_PATH,
     "/v1/embeddings",
     "/v1/rerank",
     "/rerank",
@@ -482,7 +484,7 @@ class SidecarService:
         except BrokenConnectionError as error:
             use.release()
             lost = await self._why(runner, error)
-            return error_response(lost)
+            return error_response(lost, request.url.path)
         except BaseException:
             use.release()
             raise
@@ -505,10 +507,13 @@ class SidecarService:
 
         self._requests += 1
         return ClosingStream(
-            self._chunks(answer, runner), status_code=answer.status, headers=headers, on_close=done
+            self._chunks(answer, runner, request.url.path),
+            status_code=answer.status,
+            headers=headers,
+            on_close=done,
         )
 
-    async def _chunks(self, answer: Answer, runner: Runner) -> AsyncIterator[bytes]:
+    async def _chunks(self, answer: Answer, runner: Runner, path: str) -> AsyncIterator[bytes]:
         try:
             async for chunk in answer.chunks():
                 yield chunk
@@ -516,7 +521,10 @@ class SidecarService:
             lost = await self._why(runner, error)
             if not answer.headers.get("content-type", "").startswith("text/event-stream"):
                 raise  # the length was promised: only a broken connection can tell
-            yield b"\n\n" + sse(error_to_json(lost)[1])
+            if path == messages.PATH:
+                yield b"\n\n" + messages.error_event(lost)
+            else:
+                yield b"\n\n" + sse(error_to_json(lost)[1])
 
     async def _acquire(self, wanted: Wanted) -> Use:
         """Wait for a runner that is really there."""
@@ -630,9 +638,8 @@ async def _json(request: Request) -> dict[str, Any]:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    del request
     assert isinstance(error, NbinferError)  # noqa: S101 - registered for these
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _on_gone(request: Request, error: Exception) -> Response:

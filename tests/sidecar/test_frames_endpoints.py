@@ -11,6 +11,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import psutil
 import pytest
 from support import sidecar as support
 
@@ -51,11 +52,14 @@ def endpoint(server: support.Sidecar, **more: Any) -> dict[str, Any]:
     return {"base_url": server.address, "api_key": server.token, "model": "demo", **more}
 
 
-def kill_runner(server: support.Sidecar) -> None:
-    """Kill the process with the model; the service lives, and starts another one when it is asked."""
-    for process in support.processes(server.folder):
-        if any("sidecar.runner" in part for part in process.cmdline()):
-            process.kill()
+def runner(server: support.Sidecar) -> psutil.Process:
+    """Return the process with the model; without it the service lives, and starts another when it is asked."""
+    (found,) = (
+        process
+        for process in support.processes(server.folder)
+        if any("sidecar.runner" in part for part in process.cmdline())
+    )
+    return found
 
 
 def test_two_servers_give_the_frame_that_the_kernel_gives(
@@ -76,13 +80,14 @@ def test_two_servers_give_the_frame_that_the_kernel_gives(
 
 
 def test_one_dies_in_the_middle_and_no_row_is_lost(served: support.Sidecar, second: support.Sidecar) -> None:
-    rows = [f"{row} Tell me more of number {i}." for i, row in enumerate(ROWS * 2)]
+    rows = [f"{row} Tell me more of number {i}." for i, row in enumerate(ROWS * 4)]
     run = submit(rows, endpoints=[endpoint(served), endpoint(second)], max_tokens=60)
     model = run._plan.model
     assert isinstance(model, FanOut)
     hurt = model._places[1]
+    victim = runner(second)
     support.until(lambda: hurt.answered >= 3 and hurt.running)
-    kill_runner(second)
+    victim.kill()
     out = run.wait(100)
     assert out["error"].isna().all()
     assert out["completion"].notna().all()
