@@ -11,7 +11,6 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import psutil
 import pytest
 from support import sidecar as support
 
@@ -23,6 +22,8 @@ from nbinfer.frames.fanout import FanOut
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    import psutil
 
 ROWS = [f"What is {i} plus {i % 7}?" for i in range(60)]
 OPTIONS: dict[str, Any] = {"max_tokens": 12, "progress": False}
@@ -53,7 +54,7 @@ def endpoint(server: support.Sidecar, **more: Any) -> dict[str, Any]:
 
 
 def runner(server: support.Sidecar) -> psutil.Process:
-    """Return the process with the model; without it the service lives, and starts another when it is asked."""
+    """Return the process with the model; the service lives without it, and starts another when asked."""
     (found,) = (
         process
         for process in support.processes(server.folder)
