@@ -892,7 +892,8 @@ def load(
         Sequences decoded at once.
     speculative
         Guess tokens ahead: ``{"draft_model": ref, "num_tokens": 4, "min_acceptance_rate": 0.5}``, each
-        optional; without a draft model, phrases of the prompt are guessed. The text stays what it is.
+        optional; without a draft model, or with True, phrases of the prompt are guessed. The text stays what
+        it is.
     force
         Load although the estimate says that it does not fit.
     progress
@@ -1199,8 +1200,10 @@ def _speculative(asked: Any) -> Any:
     from nbinfer.engines.llamacpp import Speculative
     from nbinfer.models import resolve
 
+    if asked is True:
+        asked = {}
     if not isinstance(asked, SpeculativeConfig | Mapping):
-        raise ConfigError('speculative is a dict such as {"num_tokens": 4}, or {} to guess from the prompt.')
+        raise ConfigError('speculative is True, to guess from the prompt, or a dict such as {"num_tokens": 4}.')
     config = asked if isinstance(asked, SpeculativeConfig) else SpeculativeConfig(**asked)
     draft = None if config.draft_model is None else resolve(config.draft_model, aliases=session.aliases).path
     return Speculative(
