@@ -12,12 +12,13 @@ import itertools
 import secrets
 import time
 from collections import deque
+from contextlib import suppress
 from functools import cached_property
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from nbinfer.contract.errors import (
     ContextOverflow,
-    ModelLoadError,
     NbinferError,
     NotSupported,
     RequestError,
@@ -31,7 +32,7 @@ from nbinfer.engines.stream import Stream
 from nbinfer.engines.text import THINK_CLOSE, THINK_OPEN, TextAssembler
 from nbinfer.engines.vllm.answers import Answer, Scoring
 from nbinfer.engines.vllm.arguments import ALWAYS
-from nbinfer.engines.vllm.host import Host, words
+from nbinfer.engines.vllm.host import Host, load_failure, words
 from nbinfer.engines.vllm.pictures import with_pictures
 from nbinfer.engines.vllm.sampling import Constraints
 from nbinfer.engines.vllm.vocabulary import Vocabulary
@@ -150,15 +151,20 @@ class CompletionEngine:
         self._warm_up()
 
     def _warm_up(self) -> None:
+        """Generate one token, as the last part of the load."""
         from vllm import SamplingParams
 
+        # vLLM imports these at the first constraint: there they would warn, and ask for a compiler.
+        for module in ("llguidance.torch", "llguidance.hf", "xgrammar"):
+            with suppress(ImportError):
+                import_module(module)
         try:
             params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1)
             self._engine.add_request("warm-up", {"prompt_token_ids": [0]}, params)
             while self._engine.has_unfinished_requests():
                 self._engine.step()
         except Exception as e:
-            raise ModelLoadError(f"vLLM loaded {self._name} and cannot run it: {words(e)}") from e
+            raise load_failure(self._name, e) from e
 
     @property
     def end_tokens(self) -> frozenset[int]:

@@ -133,7 +133,9 @@ class Host:
             self._end(e)
         except BaseException as e:  # noqa: BLE001 - whatever happened, nobody may be left waiting
             self._end(
-                EngineError(f"vLLM stopped: {words(e)}") if self._loaded.is_set() else _failure(self.name, e)
+                EngineError(f"vLLM stopped: {words(e)}")
+                if self._loaded.is_set()
+                else load_failure(self.name, e)
             )
         finally:
             self._stopped(EngineClosed(f"{self.name} was unloaded while the request ran."))
@@ -191,7 +193,8 @@ def words(error: BaseException) -> str:
     return said.removeprefix(_PYDANTIC).split(" [type=")[0][:300]
 
 
-def _failure(name: str, error: BaseException) -> ModelLoadError:
+def load_failure(name: str, error: BaseException) -> ModelLoadError:
+    """Return why vLLM could not load a model, with what to do about it where that is known."""
     found = failure(str(error))
     if found is None:
         return ModelLoadError(f"vLLM cannot load {name}: {words(error)}")
