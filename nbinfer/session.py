@@ -1217,8 +1217,6 @@ def _natural_mode(resolved: Any) -> Mode:
     """What the file says it is made for."""
     if resolved.format == "diffusers":
         return Mode.IMAGE_GENERATION
-    if resolved.format != "gguf":
-        return Mode.COMPLETION
     modes = resolved.header.modes
     return Mode(modes[0]) if modes else Mode.COMPLETION
 
@@ -1277,6 +1275,16 @@ def _estimate(resolved: Any, mode: Mode, asked: Mapping[str, Any], *, exact: boo
 
         given = {name: asked[name] for name in ("batch", "dtype", "device") if name in asked}
         return estimate_images(resolved.header, name=resolved.name, **given)
+    if resolved.format == "safetensors":
+        from nbinfer.engines.vllm.build import installed
+        from nbinfer.memory.vllm import estimate_load
+
+        build = installed()
+        known = {} if build is None else {"device": build.device}
+        try:
+            return estimate_load(resolved.header, name=resolved.name, **{**asked, **known})
+        except NotSupported:  # the configuration lacks what the formulas need
+            return None
     if resolved.format != "gguf":
         return None
     from nbinfer.memory import CannotEstimate, estimate

@@ -351,7 +351,8 @@ def estimate(
         millisecond; None asks where it can.
     size, batch
         Of an image pipeline: pixels, such as ``"512x768"``, and images computed at once. The answer is then a
-        :class:`nbinfer.memory.ImageEstimate`, which shows, prints and advises as this one does.
+        :class:`nbinfer.memory.ImageEstimate`, which shows, prints and advises as this one does. So does the
+        :class:`nbinfer.memory.VllmEstimate` of a model of safetensors.
 
     Raises
     ------
@@ -379,10 +380,12 @@ def estimate(
             images = estimate_images(read, size=size, batch=batch, gpus=gpus, ram=ram, name=found.name)
             return cast("Estimate", images)
         if not isinstance(read, Header):
-            raise NotSupported(
-                f"{ref} is a {found.format} model, which runs on vLLM and not on llama.cpp.\n"
-                "nbinfer.memory.estimate_vllm answers for it."
+            from nbinfer.memory.vllm import estimate_load
+
+            served = estimate_load(
+                read, context_size=context_size, kv_type=kv_type, gpus=gpus, name=found.name
             )
+            return cast("Estimate", served)
         header, name = read, found.name
         beside = getattr(found, "projector", None)
         if projector is None and beside is not None:

@@ -10,6 +10,7 @@ from nbinfer.contract.units import human_bytes
 if TYPE_CHECKING:
     from nbinfer.memory.estimate import DeviceEstimate, Estimate
     from nbinfer.memory.images import ImageDevice, ImageEstimate
+    from nbinfer.memory.vllm import VllmDevice, VllmEstimate
 
 LABELS = {
     "weights": "weights",
@@ -47,7 +48,7 @@ COLOURS = {
 _MARKS = {"fits": "✓", "tight": "!", "does not fit": "✗"}
 
 
-def parts(device: DeviceEstimate | ImageDevice) -> list[tuple[str, str, int]]:
+def parts(device: DeviceEstimate | ImageDevice | VllmDevice) -> list[tuple[str, str, int]]:
     """(key, label, bytes) of what is on a device, in the order it is drawn; nothing that is empty."""
     rough = {"overhead": sum(device.overhead) // 2, "file_backed": getattr(device, "at_hand", 0)}
     rows = [
@@ -58,7 +59,7 @@ def parts(device: DeviceEstimate | ImageDevice) -> list[tuple[str, str, int]]:
     return [row for row in rows if row[2]]
 
 
-def text(estimate: Estimate | ImageEstimate) -> str:
+def text(estimate: Estimate | ImageEstimate | VllmEstimate) -> str:
     """Lines for a terminal: the verdict, each device's parts, and what to change when it does not fit."""
     lines = [f"{_MARKS[estimate.verdict]} {estimate.model}: {estimate.reason}", f"  {_asked(estimate)}"]
     for device in estimate.devices:
@@ -74,10 +75,11 @@ def text(estimate: Estimate | ImageEstimate) -> str:
     return "\n".join(lines)
 
 
-def _asked(estimate: Estimate | ImageEstimate) -> str:
+def _asked(estimate: Estimate | ImageEstimate | VllmEstimate) -> str:
     from nbinfer.memory.images import ImageEstimate
+    from nbinfer.memory.vllm import VllmEstimate
 
-    if isinstance(estimate, ImageEstimate):
+    if isinstance(estimate, ImageEstimate | VllmEstimate):
         return estimate.asked
     settings = estimate.settings
     source = "asked of llama.cpp" if estimate.exact else "by formula"
@@ -85,7 +87,7 @@ def _asked(estimate: Estimate | ImageEstimate) -> str:
     return ", ".join([*words, source])
 
 
-def html(estimate: Estimate | ImageEstimate) -> str:
+def html(estimate: Estimate | ImageEstimate | VllmEstimate) -> str:
     """A stacked bar per device against what is free there; self-contained, legible in both themes."""
     bars = "".join(_bar(device) for device in estimate.devices if parts(device))
     advice = "".join(f"<li>{escape(a.text)}</li>" for a in estimate.advice())
@@ -100,7 +102,7 @@ def html(estimate: Estimate | ImageEstimate) -> str:
     )
 
 
-def _bar(device: DeviceEstimate | ImageDevice) -> str:
+def _bar(device: DeviceEstimate | ImageDevice | VllmDevice) -> str:
     shown = parts(device)
     whole = max(device.available, sum(size for _, _, size in shown), 1)
     segments = "".join(

@@ -9,20 +9,24 @@ of the safetensors files and from ``config.json``; the cache's per-layer rules a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from nbinfer.contract.errors import ConfigError, NotSupported
 from nbinfer.contract.memory import RequiredMemory
 from nbinfer.contract.units import human_bytes, parse_bytes
+from nbinfer.memory.defaults import CONTEXT
 from nbinfer.memory.machine import machine
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    import pandas as pd
 
     from nbinfer.gguf.safetensors import SafetensorsHeader
-    from nbinfer.memory.estimate import Verdict
+    from nbinfer.memory.estimate import Advice, Verdict
+    from nbinfer.memory.machine import Machine
 
 DEFAULT_UTILIZATION = 0.9
 # Activations at start, what torch and NCCL keep, and CUDA graphs, as published for small to large models.
@@ -38,6 +42,24 @@ _CPU_CACHE = (64 << 20, 4 << 30)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VllmDevice:
+    """Bytes on one device: weights, KV cache, and least and most of what is known only roughly."""
+
+    name: str
+    kind: Literal["ram", "gpu"]
+    weights: int
+    cache: int
+    overhead: tuple[int, int]
+    available: int
+    total: int
+
+    @property
+    def required(self) -> int:
+        """The parts and the middle of the overhead."""
+        return self.weights + self.cache + sum(self.overhead) // 2
+
+
+@dataclass(frozen=True, kw_only=True)
 class VllmEstimate:
     """One GPU's share of a model under vLLM, or what it takes of main memory; sizes in bytes.
 
@@ -57,8 +79,12 @@ class VllmEstimate:
         Tokens of cache that the budget leaves, with the middle of the overhead.
     longest_context
         The longest context that fits, no more than the trained one.
-    required
-        What one sequence of ``max_model_len`` tokens needs at least.
+    least
+        What one sequence of ``max_model_len`` tokens needs.
+    cache
+        Of the budget, what is left for the cache, with the middle of the overhead.
+    header, options
+        What was estimated.
     """
 
     model: str
@@ -71,25 +97,48 @@ class VllmEstimate:
     cache_tokens: int
     longest_context: int
     max_model_len: int
-    required: int
+    least: int
+    cache: int
     tensor_parallel: int
+    total: int
     device: Literal["gpu", "cpu"] = "gpu"
+    header: SafetensorsHeader = field(repr=False, compare=False)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    note: str = ""
+    exact: bool = False
 
     @property
-    def memory(self) -> RequiredMemory:
+    def required(self) -> RequiredMemory:
         """Bytes to set aside: of RAM, and of each GPU."""
         if self.device == "cpu":
             return RequiredMemory(self.budget)
         return RequiredMemory(CPU_PROCESSES[1], (self.budget,) * self.tensor_parallel)
 
     @property
+    def devices(self) -> tuple[VllmDevice, ...]:
+        """The GPUs that hold the model, which are alike; or main memory."""
+        names = ["main memory"] if self.device == "cpu" else [f"GPU {i}" for i in range(self.tensor_parallel)]
+        return tuple(
+            VllmDevice(
+                name=name,
+                kind="ram" if self.device == "cpu" else "gpu",
+                weights=self.weights,
+                cache=self.cache,
+                overhead=self.overhead,
+                available=self.free,
+                total=self.total,
+            )
+            for name in names
+        )
+
+    @property
     def verdict(self) -> Verdict:
         """``tight`` when it depends on the overhead."""
-        if self.budget > self.free or self.required > self.budget:
+        if self.budget > self.free or self.least > self.budget:
             return "does not fit"
         if self.device == "cpu":
             return "fits" if self.budget + self.overhead[1] - self.overhead[0] <= self.free else "tight"
-        most = self.required + self.overhead[1] - self.overhead[0]
+        most = self.least + self.overhead[1] - self.overhead[0]
         return "fits" if most <= self.budget else "tight"
 
     @property
@@ -105,27 +154,110 @@ class VllmEstimate:
                 f"does not fit: vLLM asks for {asked} and {free} is free; "
                 f"gpu_memory_utilization={fitting:.2f} would start"
             )
-        if self.required > self.budget:
+        if self.least > self.budget:
             if self.longest_context < 1:
                 return f"does not fit: the weights alone take {human_bytes(self.weights)}"
             return (
-                f"does not fit: {self.max_model_len:,} tokens need {human_bytes(self.required)} of "
+                f"does not fit: {self.max_model_len:,} tokens need {human_bytes(self.least)} of "
                 f"{human_bytes(self.budget)}; context_size={self.longest_context} fits"
             )
         return f"{self.verdict}: room for {self.cache_tokens:,} tokens of cache"
 
+    @property
+    def asked(self) -> str:
+        """The settings in words."""
+        words = [
+            f"vLLM, context {self.max_model_len:,}",
+            f"{human_bytes(self.cache_per_token)} of cache a token",
+        ]
+        if self.device == "gpu":
+            words.append(f"takes {self.utilization:.0%} of the GPU whatever the model")
+        return ", ".join([*words, "by formula"])
+
+    def advice(self) -> tuple[Advice, ...]:
+        """Return the changes that make it fit. Empty when it fits."""
+        from nbinfer.memory.estimate import Advice
+
+        found: list[Advice] = []
+        if self.verdict != "does not fit":
+            return ()
+        tries: list[tuple[str, dict[str, Any]]] = []
+        if self.device == "cpu":
+            room = self.free - (self.budget - self.cache)
+            if room > self.cache_per_token * CPU_BLOCK:
+                tries.append((f"{human_bytes(room)} of cache", {"kv_cache_bytes": room}))
+        else:
+            share = int(100 * self.free / max(self.total, 1)) / 100
+            if 0 < share < self.utilization:
+                tries.append((f"{share:.0%} of the GPU", {"gpu_memory_utilization": share}))
+        if 0 < self.longest_context < self.max_model_len:
+            size = self.longest_context
+            tries.append((f"context {size:,}", {"context_size": size}))
+            tries += [
+                (f"{words}, context {size:,}", {**one, "context_size": size}) for words, one in tries[:1]
+            ]
+        for words, changes in tries:
+            if self.again(**changes).verdict != "does not fit":
+                found.append(Advice(words, changes))
+                break
+        return tuple(found)
+
+    def again(self, **changes: Any) -> VllmEstimate:
+        """Estimate the same model with some options changed."""
+        return estimate_vllm(self.header, **{**self.options, **changes})
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per device and part: device, part, bytes, source."""
+        import pandas as pd
+
+        rows = [
+            {"device": device.name, "part": part, "bytes": size, "source": "formula"}
+            for device in self.devices
+            for part, size in (("weights", device.weights), ("cache", device.cache))
+        ]
+        return pd.DataFrame(rows, columns=["device", "part", "bytes", "source"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON-able values; sizes in bytes."""
+        return {
+            "model": self.model,
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "exact": self.exact,
+            "context_size": self.max_model_len,
+            "longest_context": self.longest_context,
+            "cache_tokens": self.cache_tokens,
+            "cache_per_token": self.cache_per_token,
+            "required": {"ram": self.required.ram, "vram": list(self.required.vram)},
+            "devices": [
+                {
+                    "name": device.name,
+                    "kind": device.kind,
+                    "weights": device.weights,
+                    "cache": device.cache,
+                    "overhead": list(device.overhead),
+                    "required": device.required,
+                    "available": device.available,
+                    "total": device.total,
+                }
+                for device in self.devices
+            ],
+            "advice": [{"text": each.text, "changes": dict(each.changes)} for each in self.advice()],
+        }
+
     def __str__(self) -> str:
-        taken = (
-            f"{human_bytes(self.budget)} of main memory"
-            if self.device == "cpu"
-            else f"{human_bytes(self.budget)} ({self.utilization:.0%} of the GPU) whatever the model"
-        )
-        return (
-            f"{self.model} under vLLM: {self.reason}\n"
-            f"  takes {taken}\n"
-            f"  weights {human_bytes(self.weights)}, cache {human_bytes(self.cache_per_token)} a token, "
-            f"overhead {human_bytes(self.overhead[0])} to {human_bytes(self.overhead[1])}"
-        )
+        from nbinfer.memory.show import text
+
+        return text(self)
+
+    def __repr__(self) -> str:
+        return f"<VllmEstimate {self.model}: {self.reason}>"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        from nbinfer.memory.show import html, text
+
+        del include, exclude
+        return {"text/plain": text(self), "text/html": html(self)}
 
 
 def estimate_vllm(
@@ -177,19 +309,29 @@ def estimate_vllm(
         raise ConfigError(f"gpu_memory_utilization={gpu_memory_utilization!r}: it is between 0 and 1.")
     if tensor_parallel < 1:
         raise ConfigError(f"tensor_parallel={tensor_parallel!r}: it is at least 1.")
+    options = {
+        "context_size": context_size,
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "tensor_parallel": tensor_parallel,
+        "kv_type": kv_type,
+        "dtype": dtype,
+        "gpus": gpus,
+        "device": device,
+        "kv_cache_bytes": kv_cache_bytes,
+    }
     here = machine() if not gpus or device == "cpu" else None
     if device is None:
         device = "gpu" if gpus or (gpus is None and here is not None and here.gpus) else "cpu"
     item = _loaded_bytes(header, dtype)
     weights = _weights(header, item) // tensor_parallel
-    per_token = _cache_per_token(header, _CACHE_BYTES.get(kv_type, item), tensor_parallel)
+    per_token = _cache_per_token(header, _cache_item(kv_type, item), tensor_parallel)
     trained = header.context_length or 4096
     wanted = trained if context_size in (None, -1) else int(context_size or trained)
     name = header.source.rstrip("/").rsplit("/", 1)[-1] or header.architecture
     if device == "cpu":
         assert here is not None  # noqa: S101 - asked for above
         given = None if kv_cache_bytes is None else parse_bytes(kv_cache_bytes)
-        return _on_cpu(name, weights, per_token, wanted, trained, given, here.ram.available)
+        return _on_cpu(name, weights, per_token, wanted, trained, given, here, header, options)
     total, free = _smallest_gpu(gpus, tensor_parallel)
     budget = int(gpu_memory_utilization * total)
     room = budget - weights - sum(_OVERHEAD) // 2
@@ -208,14 +350,49 @@ def estimate_vllm(
         cache_tokens=tokens,
         longest_context=longest,
         max_model_len=wanted,
-        required=least,
+        least=least,
+        cache=max(0, room),
         tensor_parallel=tensor_parallel,
+        total=total,
+        header=header,
+        options=options,
     )
 
 
+def estimate_load(header: SafetensorsHeader, *, name: str = "", **asked: Any) -> VllmEstimate:
+    """Return the estimate of a load, by the options of ``nb.load``; those that take no memory count nothing.
+
+    The context is what a load takes: as asked, else what the model was trained for, up to 4,096 tokens.
+    """
+    names = (
+        "gpu_memory_utilization",
+        "tensor_parallel",
+        "kv_type",
+        "dtype",
+        "gpus",
+        "device",
+        "kv_cache_bytes",
+    )
+    given = {key: asked[key] for key in names if asked.get(key) is not None}
+    size = asked.get("context_size")
+    trained = header.context_length or CONTEXT
+    given["context_size"] = min(trained, CONTEXT) if size is None else size
+    made = estimate_vllm(header, **given)
+    return replace(made, model=name) if name else made
+
+
 def _on_cpu(
-    name: str, weights: int, per_token: int, wanted: int, trained: int, given: int | None, free: int
+    name: str,
+    weights: int,
+    per_token: int,
+    wanted: int,
+    trained: int,
+    given: int | None,
+    here: Machine,
+    header: SafetensorsHeader,
+    options: Mapping[str, Any],
 ) -> VllmEstimate:
+    free = here.ram.available
     one = per_token * -(-wanted // CPU_BLOCK) * CPU_BLOCK
     cache = cpu_cache(one, free) if given is None else given
     block = per_token * CPU_BLOCK
@@ -232,9 +409,13 @@ def _on_cpu(
         cache_tokens=cache // block * CPU_BLOCK if block else trained,
         longest_context=min(trained, fitting),
         max_model_len=wanted,
-        required=parts + one,
+        least=parts + one,
+        cache=cache,
         tensor_parallel=1,
+        total=here.ram.total,
         device="cpu",
+        header=header,
+        options=options,
     )
 
 
@@ -260,7 +441,7 @@ def cache_bytes(header: SafetensorsHeader, *, tokens: int, kv_type: str = "auto"
     NotSupported, ConfigError
         The configuration lacks what is needed, or ``dtype`` is unknown.
     """
-    item = _CACHE_BYTES.get(kv_type, _loaded_bytes(header, dtype))
+    item = _cache_item(kv_type, _loaded_bytes(header, dtype))
     return _cache_per_token(header, item, 1) * -(-tokens // CPU_BLOCK) * CPU_BLOCK
 
 
@@ -299,6 +480,11 @@ def _loaded_bytes(header: SafetensorsHeader, dtype: str) -> int:
         raise ConfigError(f"dtype={name!r} is unknown: use one of {', '.join(_DTYPE_BYTES)}.")
     size = _DTYPE_BYTES[name]
     return 2 if dtype == "auto" else size
+
+
+def _cache_item(kv_type: str, item: int) -> int:
+    """Bytes of one number of the cache; ``auto``, and llama.cpp's usual ``f16``, are the model's own type."""
+    return _CACHE_BYTES.get(kv_type, item)
 
 
 def _weights(header: SafetensorsHeader, item: int) -> int:

@@ -61,12 +61,27 @@ def runner_size(path: Path, mode: Mode, config: ModelConfig, options: Mapping[st
     if config.speculative is not None and config.speculative.draft_model is not None:
         given["draft"] = config.speculative.draft_model
     try:
-        if resolve(path).format != "gguf":
+        found = resolve(path)
+        if found.format == "safetensors":
+            return _under_vllm(found.header, {**options, **given})
+        if found.format != "gguf":
             return bound(path, options, gpus=len(_free_vram()))
         made = estimate(path, mode=mode, exact=False, **given)
     except NbinferError:
         return bound(path, options, gpus=len(_free_vram()))
     return made.required + RequiredMemory(RUNNER_BYTES + made.ram.at_hand)
+
+
+def _under_vllm(header: Any, options: Mapping[str, Any]) -> RequiredMemory:
+    """Return what vLLM's server takes, and the runner before it."""
+    from nbinfer.engines.vllm.build import installed
+    from nbinfer.memory.vllm import CPU_PROCESSES, estimate_load
+
+    build = installed()
+    made = estimate_load(header, **{**options, **({} if build is None else {"device": build.device})})
+    # The server is a process of its own, and so is its engine.
+    more = CPU_PROCESSES[1] - sum(CPU_PROCESSES) // 2 if made.device == "cpu" else 0
+    return made.required + RequiredMemory(RUNNER_BYTES + more)
 
 
 def bound(path: Path, options: Mapping[str, Any], *, gpus: int) -> RequiredMemory:

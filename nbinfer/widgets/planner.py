@@ -202,7 +202,7 @@ class MemoryPlanner:
 
     def _model(self, ref: str) -> Estimate:
         """Return a model's estimate to start from; it knows what was free a moment ago."""
-        from nbinfer.memory import estimate
+        from nbinfer.memory import Estimate, estimate
 
         with self._lock:
             if self._base is not None:
@@ -210,6 +210,8 @@ class MemoryPlanner:
                 if known == ref and time.monotonic() - at < _FRESH_SECONDS:
                     return base
             base = estimate(session.session.aliases.get(ref, ref), exact=False)
+            if not isinstance(base, Estimate):
+                raise NotSupported(f"{ref} is no model of llama.cpp's.")
             self._base = ref, time.monotonic(), base
             return base
 

@@ -104,7 +104,7 @@ def test_verdicts_name_the_setting_that_fits(monkeypatch: pytest.MonkeyPatch) ->
         ({"gpu_memory_utilization": 1.5}, ConfigError),
         ({"tensor_parallel": 0}, ConfigError),
         ({"dtype": "int3"}, ConfigError),
-        ({"gpus": []}, NotSupported),
+        ({"device": "gpu", "gpus": []}, NotSupported),
         ({"tensor_parallel": 2}, NotSupported),
     ],
 )
@@ -112,6 +112,28 @@ def test_what_cannot_be_planned_says_why(options: dict[str, Any], error: type[Ex
     with pytest.raises(error) as caught:
         plan(**options)
     assert len(str(caught.value).splitlines()) <= 5
+
+
+@pytest.mark.parametrize(
+    ("free", "options", "verdict", "words"),
+    [
+        (30, {"kv_cache_bytes": "2GiB"}, "fits", "16,384 tokens"),
+        (30, {}, "fits", "32,768 tokens"),  # four contexts, four GiB at most
+        (20, {"kv_cache_bytes": "4GiB"}, "tight", "32,768 tokens"),
+        (12, {}, "does not fit", "of main memory and 12 GiB are free"),
+    ],
+)
+def test_on_a_cpu_the_cache_is_what_was_given_and_the_verdict_is_about_main_memory(
+    monkeypatch: pytest.MonkeyPatch, free: int, options: dict[str, Any], verdict: str, words: str
+) -> None:
+    here = SimpleNamespace(gpus=(), ram=SimpleNamespace(available=free * GIB, total=64 * GIB))
+    monkeypatch.setattr("nbinfer.memory.vllm.machine", lambda: here)
+    made = plan(gpus=None, **options)
+    assert made.device == "cpu"
+    assert made.verdict == verdict
+    assert words in made.reason
+    assert made.required.ram == made.budget
+    assert made.required.vram == ()
 
 
 def test_a_configuration_without_layers_is_refused() -> None:

@@ -51,7 +51,6 @@ OPTIONS = (
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _GUESSED_TOKENS = 4
 _CPU_SEQUENCES = 16
-_CPU_CACHE = (64 << 20, 4 << 30)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,7 +289,7 @@ def _memory(
 def _cpu_cache(header: SafetensorsHeader, engine: Mapping[str, Any]) -> int:
     """Return the bytes of a KV cache on a CPU: four full contexts, within reason, and one at least."""
     from nbinfer.memory.machine import main_memory
-    from nbinfer.memory.vllm import cache_bytes
+    from nbinfer.memory.vllm import cache_bytes, cpu_cache
 
     one = cache_bytes(
         header, tokens=engine["max_model_len"], kv_type=engine["kv_cache_dtype"], dtype=engine["dtype"]
@@ -301,8 +300,7 @@ def _cpu_cache(header: SafetensorsHeader, engine: Mapping[str, Any]) -> int:
             f"one context of {engine['max_model_len']:,} tokens needs {one / 2**30:.2f} GiB of KV cache; "
             f"{free / 2**30:.2f} GiB are free.\nUse a smaller context_size."
         )
-    least, most = _CPU_CACHE
-    return max(one, min(max(4 * one, least), most, free // 2))
+    return cpu_cache(one, free)
 
 
 def _gpus_to_use(header: SafetensorsHeader, engine: Mapping[str, Any], share: float | None) -> int:
@@ -324,7 +322,7 @@ def _gpus_to_use(header: SafetensorsHeader, engine: Mapping[str, Any], share: fl
             )
         except (NotSupported, ConfigError):
             return 1
-        if made.required <= made.budget:
+        if made.least <= made.budget:
             return n
     return possible[-1] if possible else 1
 
