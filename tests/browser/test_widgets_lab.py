@@ -8,6 +8,7 @@ import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import nbconvert
 import nbformat
 import pytest
 from support.axe import violations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from support.lab import Lab, Tab
 
 pytestmark = pytest.mark.browser
+exporters: Any = nbconvert  # not typed
 
 # A machine with a GPU that nobody has, a request that never ends, and a runner that has crashed.
 PANEL = f"""{WITH_FAKE}
@@ -238,9 +240,7 @@ def test_an_untrusted_notebook_shows_the_still_picture(saved: Any, lab: Lab, app
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_an_export_to_html_shows_the_still_picture(saved: Any, lab: Lab, theme: str) -> None:
-    from nbconvert import HTMLExporter
-
-    body, _ = HTMLExporter(theme=theme).from_notebook_node(saved)
+    body, _ = exporters.HTMLExporter(theme=theme).from_notebook_node(saved)
     path = lab.folder / f"export-{theme}.html"
     path.write_text(body)
     page = lab.browser.new_page(viewport={"width": 1100, "height": 1500})
@@ -255,9 +255,7 @@ def test_an_export_to_html_shows_the_still_picture(saved: Any, lab: Lab, theme: 
 
 
 def test_an_export_to_markdown_has_the_words_of_the_panel(saved: Any) -> None:
-    from nbconvert import MarkdownExporter
-
-    body, _ = MarkdownExporter().from_notebook_node(saved)
+    body, _ = exporters.MarkdownExporter().from_notebook_node(saved)
     assert all(each in body for each in IN_THE_PICTURE)
     assert "object at 0x" not in body
 
