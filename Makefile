@@ -21,7 +21,7 @@ TORCH_NOT_HERE = $(shell $(TORCH_PYTHON) -c 'import platform, sys; \
 	here = (platform.system(), platform.machine(), *sys.version_info[:2]); \
 	print("" if here == ("Linux", "x86_64", 3, 11) else "this is %s on %s with Python %d.%d" % here)')
 
-.PHONY: quickstart test test-torch setup-torch lint lab docs docs-check tutorials setup clean
+.PHONY: quickstart test test-torch setup-torch lint lab docs docs-check tutorials pictures setup clean
 
 quickstart: $(VENV)/.run
 	@mkdir -p build
@@ -59,6 +59,12 @@ docs-check: $(VENV)/.test
 
 tutorials: $(VENV)/.run
 	$(BIN)/python tools/save_tutorials.py
+
+# The pictures of README.md and of the documentation's first page.
+pictures: $(VENV)/.test
+	$(BIN)/python tools/screenshots.py notebooks/01-quickstart.ipynb docs/images
+	$(BIN)/python tools/screenshots.py tools/pictures/panel.py docs/images --element .jp-OutputArea-output --width 860
+	$(BIN)/python tools/screenshots.py tools/pictures/sure.py docs/images --element .jp-OutputArea-output --width 860
 
 lab: $(VENV)/.lab
 	$(BIN)/jupyter lab notebooks

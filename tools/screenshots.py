@@ -1,6 +1,7 @@
 """Take pictures of a notebook as JupyterLab shows it, in a real browser.
 
     python tools/screenshots.py notebooks/01-quickstart.ipynb docs/images
+    python tools/screenshots.py tools/pictures/panel.py docs/images --element .jp-OutputArea-output
 
 Runs every cell in a JupyterLab of its own, then writes ``<name>-light.png`` and ``<name>-dark.png``. Needs
 the dependency group ``browser`` and a Chromium (``--chromium``, default: the one on PATH). Exits with 1 when
@@ -22,8 +23,9 @@ import urllib.request
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import nbformat
 from playwright.sync_api import sync_playwright
 
 if TYPE_CHECKING:
@@ -135,6 +137,20 @@ def open_notebook(page: Page, address: str, name: str, *, app: str = "lab") -> N
     raise SystemExit("JupyterLab's kernel did not start.")
 
 
+def as_notebook(source: Path, folder: Path) -> str:
+    """Put a notebook, or a script whose cells begin with ``# %%``, into ``folder``; return its name there."""
+    if source.suffix == ".ipynb":
+        shutil.copy(source, folder / source.name)
+        return source.name
+    v4: Any = nbformat.v4  # not typed
+    cells = [part.partition("\n")[2].strip() for part in ("\n" + source.read_text()).split("\n# %%")[1:]]
+    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = v4.new_notebook(cells=[v4.new_code_cell(c) for c in cells], metadata={"kernelspec": spec})
+    name = f"{source.stem}.ipynb"
+    nbformat.write(notebook, folder / name)  # type: ignore[no-untyped-call]
+    return name
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Take pictures of a notebook as JupyterLab shows it.")
     parser.add_argument("notebook", type=Path)
@@ -142,6 +158,7 @@ def main() -> None:
     parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("google-chrome"))
     parser.add_argument("--height", type=int, default=1500)
     parser.add_argument("--width", type=int, default=1000)
+    parser.add_argument("--element", help="of the page, the last element that this CSS selector finds")
     parser.add_argument("--seconds", type=float, default=180)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -150,7 +167,7 @@ def main() -> None:
         home = Path(scratch)
         folder = home / "work"
         folder.mkdir()
-        shutil.copy(options.notebook, folder / options.notebook.name)
+        name = as_notebook(options.notebook, folder)
         with jupyter_lab(folder, home) as address:
             browser = playwright.chromium.launch(executable_path=options.chromium, headless=True, args=FLAGS)
             page = browser.new_page(viewport={"width": options.width, "height": options.height})
@@ -161,7 +178,7 @@ def main() -> None:
                 if r.url.startswith((address, "data:", "blob:", "ws://127"))
                 else problems.append(r.url),
             )
-            open_notebook(page, address, options.notebook.name)
+            open_notebook(page, address, name)
             page.evaluate(RUN_ALL)
             wait_until_run(page, options.seconds)
             page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
@@ -170,7 +187,8 @@ def main() -> None:
                 page.wait_for_timeout(1500)
                 page.evaluate("() => document.querySelector('.jp-WindowedPanel-outer')?.scrollTo(0, 0)")
                 page.wait_for_timeout(700)
-                page.screenshot(path=options.out / f"{options.notebook.stem}-{theme}.png")
+                shown = page.locator(options.element).last if options.element else page
+                shown.screenshot(path=options.out / f"{options.notebook.stem}-{theme}.png")
             browser.close()
     for problem in problems:
         print("problem:", problem)

@@ -61,3 +61,12 @@ def test_the_picture_of_the_rooms_is_that_of_the_import_check() -> None:
     assert PICTURE.read_text() == picture(), "run: python tools/rooms_picture.py"
     page = (DOCS / "architecture.md").read_text()
     assert [room for room in layers() if f"`{room}`" not in page] == []
+
+
+def test_every_picture_of_a_page_is_there_in_both_themes() -> None:
+    pages = [DOCS.parent / "README.md", *PAGES]
+    named = {name for page in pages for name in re.findall(r"images/([\w.-]+\.png)", page.read_text())}
+    assert {"01-quickstart-light.png", "panel-dark.png"} <= named
+    assert [name for name in sorted(named) if not (DOCS / "images" / name).is_file()] == []
+    themes = {name: ("light", "dark") if "-light" in name else ("dark", "light") for name in named}
+    assert [name for name, (one, other) in themes.items() if name.replace(one, other) not in named] == []
