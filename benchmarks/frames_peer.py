@@ -8,8 +8,8 @@ for OpenAI-style servers that installs beside pandas 3 and asks for chat complet
 requests with the server at once. The first table is time: the sides take turns, the ratio is the median of
 the pairs, and what they wrote is compared. The second is what each does with a frame that has a missing value
 and a text that is too long, and with an interrupt at half of the rows followed by the same call in a new
-process; what is computed again is counted at the server. openaivec, which also installs beside pandas 3, asks for
-OpenAI's Responses API only, which few local servers have, this one not among them.
+process; what is computed again is counted at the server. openaivec, which also installs beside pandas 3, asks
+for OpenAI's Responses API only, which few local servers have, this one not among them.
 """
 
 from __future__ import annotations

@@ -214,5 +214,9 @@ class _Package(ModuleType):
     models = _always("models", "nbinfer.session")
     bench = _always("bench", "nbinfer.bench")
 
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        """Travel by name: a function of a notebook that says ``nb.`` is sent to other processes with it."""
+        return import_module, (__name__,)
+
 
 sys.modules[__name__].__class__ = _Package

@@ -198,3 +198,9 @@ def test_what_meets_every_row_ends_the_run(client: Any) -> None:
     made.digest = "another file"
     with pytest.raises(ConfigError, match="different files"):
         made.submit(run._plan.work.request(["b"], [None])).result(30)
+
+
+def test_a_function_that_names_the_package_travels_to_the_workers(client: Any) -> None:
+    """As cells write them: the module is a global of the function, or in its closure."""
+    found = client.submit(lambda: (nb.__name__, callable(nb.models)), pure=False).result(30)
+    assert found == ("nbinfer", True)
