@@ -164,9 +164,9 @@ def _add_params(options: dict[str, Any], params: Any) -> None:
 def _reject_unknown(options: Mapping[str, Any], known: Sequence[str] = OPTIONS) -> None:
     unknown = [name for name in options if name not in known]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], OPTIONS, n=1)
+        near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise RequestError(f"unknown option {unknown[0]!r}.{hint}\nOptions: {', '.join(sorted(OPTIONS))}.")
+        raise RequestError(f"unknown option {unknown[0]!r}.{hint}\nOptions: {', '.join(sorted(known))}.")
 
 
 def _constraint(options: dict[str, Any]) -> tuple[Constraint | None, Schema | None, tuple[str, ...] | None]:
@@ -1203,7 +1203,9 @@ def _speculative(asked: Any) -> Any:
     if asked is True:
         asked = {}
     if not isinstance(asked, SpeculativeConfig | Mapping):
-        raise ConfigError('speculative is True, to guess from the prompt, or a dict such as {"num_tokens": 4}.')
+        raise ConfigError(
+            'speculative is True, to guess from the prompt, or a dict such as {"num_tokens": 4}.'
+        )
     config = asked if isinstance(asked, SpeculativeConfig) else SpeculativeConfig(**asked)
     draft = None if config.draft_model is None else resolve(config.draft_model, aliases=session.aliases).path
     return Speculative(
@@ -1258,11 +1260,13 @@ def _fits(
         It needs more memory than there is, and ``force`` is not set.
     """
     made = _estimate(resolved, mode, asked)
-    if made is None:
-        return None
-    if made.verdict == "does not fit" and replacing is not None:
+    too_much = made is not None and made.verdict == "does not fit"
+    # Some engines hold one model per process: then the two cannot be there side by side.
+    if replacing is not None and (too_much or getattr(replacing.engine, "alone", False)):
         replacing.unload()
         made = _estimate(resolved, mode, asked)
+    if made is None:
+        return None
     if made.verdict == "does not fit" and not force:
         raise DoesNotFit(_refusal(resolved.name, made))
     return made

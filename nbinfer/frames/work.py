@@ -136,6 +136,8 @@ def weights(model: FrameModel) -> str:
 def identity(model: FrameModel) -> dict[str, Any]:
     """Return what of the loaded model its results depend on; the chat template is in the weights' file."""
     config = model.config
+    # Only where they were asked for: what was kept before there were such options is still found.
+    computed = {name: str(config[name]) for name in ("dtype", "quantization") if config.get(name) is not None}
     return {
         "backend": model.info.backend,
         "weights": weights(model),
@@ -144,6 +146,7 @@ def identity(model: FrameModel) -> dict[str, Any]:
         "kv_type": config.get("kv_type"),
         # Batches may flip near ties; who asked for the exact text is not given a batch's.
         "exact": bool(config.get("exact")),
+        **computed,
     }
 
 

@@ -68,6 +68,9 @@ class CompletionEngine:
         kept of earlier ones.
     """
 
+    alone = True
+    """This process can hold no second one of its kind."""
+
     def __init__(
         self,
         given: VllmArguments,

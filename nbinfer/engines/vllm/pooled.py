@@ -53,6 +53,9 @@ class PooledEngine:
         The environment for the load.
     """
 
+    alone = True
+    """This process can hold no second one of its kind."""
+
     def __init__(
         self,
         given: VllmArguments,

@@ -1,0 +1,174 @@
+"""vLLM in the kernel as a notebook sees it: one word away from llama.cpp."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.kernel import kernel
+from support.vllm_engine import SETTINGS
+
+import nbinfer as nb
+from nbinfer import session
+from nbinfer.contract.errors import NotSupported
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from support.kernel import Kernel
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+
+PLACES = {"llamacpp": "demo", "vllm": "demo-hf"}
+COUNTRIES = ["France", "Italy", "Japan", "Egypt"]
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[dict[str, session.Model]]:
+    made = {
+        name: nb.load(ref, backend=name, where="kernel", context_size=1024, name=name, **_for(name))
+        for name, ref in PLACES.items()
+    }
+    yield made
+    nb.unload()
+
+
+def _for(backend: str) -> dict[str, Any]:
+    return SETTINGS if backend == "vllm" else {"threads": 1}
+
+
+def test_the_same_cell_gives_the_same_kind_of_result(models: dict[str, session.Model]) -> None:
+    found = {name: nb.infer("What is the capital of France?", model=name, logprobs=1) for name in models}
+    ours, theirs = found["llamacpp"], found["vllm"]
+    assert ours.text == theirs.text == "The capital of France is Paris."
+    assert ours.prompt == theirs.prompt
+    assert ours.usage == theirs.usage
+    assert ours.to_dict().keys() == theirs.to_dict().keys()
+    assert ours.logprobs is not None
+    assert theirs.logprobs is not None
+    assert [entry.token for entry in ours.logprobs] == [entry.token for entry in theirs.logprobs]
+    assert theirs.reply("And of Italy?").text
+
+
+def test_the_same_cell_gives_the_same_kind_of_frame(models: dict[str, session.Model]) -> None:
+    import pandas as pd
+
+    data = pd.DataFrame({"country": COUNTRIES}, index=list("abcd"))
+    prompt = "What is the capital of {country}?"
+    frames = [nb.complete(data, prompt, model=name, cache=False) for name in models]
+    ours, theirs = frames
+    assert list(ours["completion"]) == list(theirs["completion"])
+    assert ours.dtypes.to_dict() == theirs.dtypes.to_dict()
+    assert list(ours.index) == list(theirs.index)
+    labelled = [
+        nb.classify(["red", "2", "blue"], ["color", "number"], model=name, probs=True, cache=False)
+        for name in models
+    ]
+    assert labelled[0].columns.tolist() == labelled[1].columns.tolist()
+
+
+def test_kept_answers_are_found_by_the_type_that_they_were_computed_in(
+    models: dict[str, session.Model],
+) -> None:
+    from nbinfer.frames.work import identity
+
+    ours = identity(models["vllm"])
+    assert (ours["backend"], ours["dtype"]) == ("vllm", "float32")
+    assert "dtype" not in identity(models["llamacpp"])
+
+
+def test_a_gguf_file_is_refused_with_the_way_out() -> None:
+    with pytest.raises(NotSupported, match="llamacpp"):
+        nb.load("demo", backend="vllm", where="kernel")
+    with pytest.raises(NotSupported, match="vllm"):
+        nb.load("demo-hf", backend="llamacpp", where="kernel")
+
+
+def test_loading_again_with_other_settings_replaces_it(models: dict[str, session.Model]) -> None:
+    same = nb.load("demo-hf", backend="vllm", where="kernel", context_size=1024, name="vllm", **SETTINGS)
+    assert same is models["vllm"]
+    other = nb.load("demo-hf", backend="vllm", where="kernel", context_size=512, name="vllm", **SETTINGS)
+    assert other.info.context_size == 512
+    assert nb.infer("What is the capital of France?", model="vllm").text == "The capital of France is Paris."
+    with pytest.raises(NotSupported, match="one model per process"):
+        nb.load("demo-hf", backend="vllm", where="kernel", name="second", **SETTINGS)
+
+
+# -- a kernel of its own -----------------------------------------------------------------------------------
+
+LOAD = """
+import os, random, sys
+random.seed(11)
+before = dict(os.environ), random.getstate()
+import nbinfer as nb
+m = nb.load("demo-hf", backend="vllm", where="kernel", dtype="float32", threads=1, context_size=1024)
+unchanged = (dict(os.environ), random.getstate()) == before
+"""
+ENDLESS = (
+    "m.infer('Tell me a story.', max_tokens=1000, logit_bias=dict.fromkeys(m.engine.end_tokens, -100.0))"
+)
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory: pytest.TempPathFactory, models: dict[str, session.Model]) -> Iterator[Kernel]:
+    del models  # two vLLMs at once would compete for the machine
+    nb.unload()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("support.kernel._PATIENCE", 200.0)  # a busy machine imports vLLM for a minute
+        with kernel(tmp_path_factory.mktemp("k")) as started:
+            yield started
+
+
+def test_a_cell_loads_it_in_silence_and_nothing_of_the_kernel_changes(notebook: Kernel) -> None:
+    ran = notebook.run(LOAD)
+    assert ran.reply["status"] == "ok", ran.error_text
+    assert ran.of("stream") == []
+    assert notebook.value("unchanged") == "True"
+    assert notebook.value("m.infer('What is 2 plus 3?').text") == "'2 plus 3 is 5.'"
+    ran = notebook.run("!echo preload=$LD_PRELOAD")
+    assert ran.printed.strip() == "preload="
+    assert notebook.value("__import__('psutil').Process().children()") == "[]"
+
+
+def test_an_interrupt_stops_the_request_and_the_next_cell_is_served_at_once(notebook: Kernel) -> None:
+    def stop(kind: str, content: dict[str, Any]) -> None:
+        if kind == "stream" and "asked" in content["text"]:
+            notebook.manager.interrupt_kernel()
+
+    ran = notebook.run(f"print('asked', flush=True)\n{ENDLESS}", on_message=stop)
+    assert ran.reply["ename"] == "KeyboardInterrupt"
+    assert notebook.value("m.infer('What is 2 plus 3?').text") == "'2 plus 3 is 5.'"
+    assert notebook.value("m.engine.load().running") == "0"
+
+
+def test_a_cell_shows_an_error_in_a_few_lines(notebook: Kernel) -> None:
+    ran = notebook.run("nb.load('demo-hf', backend='vllm', where='kernel', name='second')")
+    assert ran.reply["ename"] == "NotSupported"
+    assert "where='sidecar'" in ran.error_text
+    assert len(ran.error_text.splitlines()) <= 6
+
+
+def test_awaiting_beside_other_work_and_unloading(notebook: Kernel) -> None:
+    ran = notebook.run(
+        "import asyncio\n"
+        "both = await asyncio.gather(*(m.ainfer(f'What is {n} plus 3?') for n in (2, 4)))\n"
+        "print([r.text for r in both])\n"
+        "m.unload(); import threading\n"
+        "print([t.name for t in threading.enumerate() if t.name.startswith('nbinfer')])"
+    )
+    assert ran.reply["status"] == "ok", ran.error_text
+    assert ran.printed.splitlines() == ["['2 plus 3 is 5.', '4 plus 3 is 7.']", "[]"]
+
+
+def test_a_load_that_is_interrupted_ends_and_the_next_one_works(notebook: Kernel) -> None:
+    def stop(kind: str, content: dict[str, Any]) -> None:
+        if kind == "stream" and "loading" in content["text"]:
+            notebook.manager.interrupt_kernel()
+
+    again = LOAD.replace("import os", "print('loading', flush=True); import os")
+    ran = notebook.run(again, on_message=stop)
+    # It may have been done before the interrupt arrived; then there was nothing to stop.
+    assert ran.reply["status"] == "ok" or ran.reply["ename"] == "KeyboardInterrupt"
+    ran = notebook.run(LOAD)
+    assert ran.reply["status"] == "ok", ran.error_text
+    assert notebook.value("m.infer('What is 2 plus 3?').text") == "'2 plus 3 is 5.'"
