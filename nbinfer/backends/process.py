@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 LOG_BYTES = 256 * 1024
 STOP_SECONDS = ((signal.SIGINT, 3.0), (signal.SIGTERM, 2.0))
 """Signals that ask a process to end, each with the time it has; then it is killed."""
+STRAY_SECONDS = 3.0
+"""How long processes outside a stopped process' group have to end by themselves."""
 ERROR_MARK = "NBINFER-ERROR "
 """Begins the line with which a runner says, as JSON, what ended it."""
 # What belongs to the kernel that happens to start the process, and not to the process.
@@ -232,9 +234,22 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     # Also when it ended by itself: its children may not have.
     _signal_group(process.pid, signal.SIGKILL)
     process.wait()
+    # What has a session of its own may be about to clean up: it saw the process go.
+    deadline = time.monotonic() + STRAY_SECONDS
+    while any(map(_is_alive, strays)) and time.monotonic() < deadline:
+        time.sleep(0.01)
     for stray in strays:
         with contextlib.suppress(Exception):  # it is gone, or not ours any more
             stray.kill()
+
+
+def _is_alive(process: Any) -> bool:
+    import psutil
+
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def _has_ended(process: subprocess.Popen[bytes]) -> bool:
