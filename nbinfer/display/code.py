@@ -65,9 +65,12 @@ def highlight(code: str, language: str = "") -> str:
 
 # Copying what is selected works in pages without TLS too, where the clipboard's own interface is missing, and
 # shows what was copied. These are the only words of script in any output, and the same in each. A front end
-# that lets no output run script drops style sheets as well, and the button's word with them.
+# that lets no output run script drops style sheets as well, and only ours shows the button.
 COPY = "getSelection().selectAllChildren(this.nextElementSibling);document.execCommand('copy')"
-_BUTTON = f'<button class="nbinfer-copy" type="button" hidden="" aria-label="Copy" onclick="{COPY}"></button>'
+_BUTTON = (
+    '<button class="nbinfer-copy" type="button" style="display:none" aria-label="Copy" '
+    f'onclick="{COPY}"></button>'
+)
 
 
 def code_block(code: str, language: str = "") -> str:

@@ -160,7 +160,7 @@ def test_every_other_place_for_a_models_words_is_inert(lab: Lab) -> None:
     lab.write("elsewhere.ipynb", SETUP, ELSEWHERE)
     with lab.tab("elsewhere.ipynb") as tab:
         tab.run_all()
-        assert_inert(tab, 12)  # -f text has no HTML
+        assert_inert(tab, 13)  # -f text has no HTML
         tab.shot("hostile-elsewhere")
 
 

@@ -112,7 +112,7 @@ _TAGS = {
     "style": set(),
     "div": {"class"},
     "span": {"class"},
-    "button": {"class", "type", "hidden", "aria-label", "onclick"},
+    "button": {"class", "type", "style", "aria-label", "onclick"},
     "p": set(),
     **{f"h{n}": set() for n in range(1, 7)},
     "pre": set(),
@@ -142,7 +142,7 @@ _VALUES = {
     "target": "_blank",
     "rel": "noopener noreferrer nofollow",
     "start": r"\d+",
-    "style": "text-align:(left|right|center)",
+    "style": "text-align:(left|right|center)|display:none",
     "onclick": re.escape(COPY),  # our own words, to the letter
 }
 _ACTIVE_TEX = r"\\(href|style|def|require|class|cssId)\b"
