@@ -37,8 +37,8 @@ _BASE = {
     " :not(pre)>code": f"background:{_TINT};padding:0 .25em",
     "-code": "position:relative",
     " .nbinfer-copy": "display:block!important;position:absolute;top:.3em;right:.3em;padding:.1em .6em;"
-    f"font:inherit;font-size:.75em;color:inherit;background:{_TINT};border:1px solid {_LINE};border-radius:3px;"
-    "opacity:.55;cursor:pointer",
+    f"font:inherit;font-size:.75em;color:inherit;background:{_TINT};border:1px solid {_LINE};"
+    "border-radius:3px;opacity:.55;cursor:pointer",
     " .nbinfer-copy::after": 'content:"Copy"',
     " .nbinfer-copy:hover,.nbinfer.nbinfer .nbinfer-copy:focus": "opacity:1",
     " blockquote": f"border-left:3px solid {_LINE};margin-left:0;padding-left:1em",
