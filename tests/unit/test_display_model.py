@@ -42,7 +42,7 @@ class Estimate:
     ],
 )
 def test_the_memory_it_was_estimated_to_take(memory: object, words: str) -> None:
-    assert words in card(Model(engine=FakeEngine(), name="m", memory=memory))
+    assert words in card(Model(engine=FakeEngine(), name="m", estimated=lambda: memory))
 
 
 @pytest.mark.parametrize("text", CORPUS.values(), ids=list(CORPUS))
