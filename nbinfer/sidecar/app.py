@@ -32,6 +32,7 @@ from nbinfer.engines.remote.wire import (
     error_body,
     error_to_json,
     info_to_json,
+    shaped,
     vector_to_base64,
 )
 from nbinfer.sidecar import images, messages
@@ -65,7 +66,6 @@ from nbinfer.sidecar.responses import (
     MisdirectedError,
     SafeJSONResponse,
     error_response,
-    shaped,
     while_connected,
 )
 
@@ -78,6 +78,10 @@ if TYPE_CHECKING:
     from nbinfer.engines.stream import Stream
 
     T = TypeVar("T")
+
+
+SMALL_BYTES = 4096
+"""A body up to this size is rendered and tokenized in half a millisecond."""
 
 
 @dataclass
@@ -278,7 +282,7 @@ def _add_completion_routes(api: FastAPI, served: Served, counters: Metrics) -> N
         engine = served.get(body.model)
         asked = body.request()
         answer = _Chat(served.names[0], body)
-        streams = await _submit(engine, _fan_out(asked, body.answers()))
+        streams = await _submit(request, engine, _fan_out(asked, body.answers()))
         return await _respond(request, served, body, answer, streams, counters)
 
     @api.post("/v1/completions")
@@ -286,14 +290,14 @@ def _add_completion_routes(api: FastAPI, served: Served, counters: Metrics) -> N
         engine = served.get(body.model)
         asked = [each for one in body.requests() for each in _fan_out(one, body.answers())]
         answer = _Text(served.names[0], body)
-        streams = await _submit(engine, asked)
+        streams = await _submit(request, engine, asked)
         return await _respond(request, served, body, answer, streams, counters)
 
 
 def _add_pooled_routes(api: FastAPI, served: Served, counters: Metrics) -> None:
     @api.post("/v1/embeddings")
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
-        streams = await _submit(served.get(body.model), [body.request()])
+        streams = await _submit(request, served.get(body.model), [body.request()])
         results = await _wait(request, streams, counters)
         if results is None:
             return Response(status_code=499)
@@ -313,7 +317,7 @@ def _add_pooled_routes(api: FastAPI, served: Served, counters: Metrics) -> None:
         )
 
     async def scores(asked: RerankBody | ScoreBody, request: Request) -> RerankResult | None:
-        streams = await _submit(served.get(asked.model), [asked.request()])
+        streams = await _submit(request, served.get(asked.model), [asked.request()])
         results = await _wait(request, streams, counters)
         return None if results is None else results[0]
 
@@ -346,7 +350,7 @@ def _add_pooled_routes(api: FastAPI, served: Served, counters: Metrics) -> None:
 
     @api.post("/answers/score")
     async def score_answers(body: AnswersBody, request: Request) -> Response:
-        streams = await _submit(served.get(body.model), [body.request()])
+        streams = await _submit(request, served.get(body.model), [body.request()])
         results = await _wait(request, streams, counters)
         if results is None:
             return Response(status_code=499)
@@ -368,7 +372,7 @@ def _add_message_routes(api: FastAPI, served: Served, counters: Metrics) -> None
     async def message(body: messages.MessagesBody, request: Request) -> Response:
         engine, path = served.get(body.model), request.url.path
         asked = body.whole()
-        streams = await _submit(engine, [asked.request()])
+        streams = await _submit(request, engine, [asked.request()])
         answer = messages.Message(served.names[0], asked)
         if not body.stream:
             results = await _wait(request, streams, counters)
@@ -430,7 +434,7 @@ def _add_image_routes(api: FastAPI, served: Served, counters: Metrics) -> None:
         engine, asked = served.get(body.model), body.request()
         if engine.info.mode != Mode.IMAGE_GENERATION:
             raise NotSupported(f"{served.names[0]} does not generate images.")
-        streams = await _submit(engine, [asked])
+        streams = await _submit(request, engine, [asked])
         if not body.stream:
             results = await _wait(request, streams, counters)
             if results is None:
@@ -484,8 +488,8 @@ def _fan_out(request: CompletionRequest, n: int) -> list[CompletionRequest]:
     ]
 
 
-async def _submit(engine: Engine, requests: Sequence[Any]) -> list[Stream]:
-    """Start requests off the event loop: rendering and tokenizing a long prompt takes a while."""
+async def _submit(request: Request, engine: Engine, requests: Sequence[Any]) -> list[Stream]:
+    """Start requests; off the event loop where rendering and tokenizing takes longer than the way there."""
     streams: list[Stream] = []
 
     def start() -> None:
@@ -496,7 +500,11 @@ async def _submit(engine: Engine, requests: Sequence[Any]) -> list[Stream]:
                 stream.cancel()
             raise
 
-    await asyncio.to_thread(start)
+    size = request.headers.get("content-length", "")
+    if size.isdigit() and int(size) <= SMALL_BYTES:
+        start()
+    else:
+        await asyncio.to_thread(start)
     return streams
 
 

@@ -9,8 +9,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from nbinfer.engines.remote.wire import error_body
-from nbinfer.sidecar.responses import shaped
+from nbinfer.engines.remote.wire import error_body, shaped
 
 if TYPE_CHECKING:
     from collections.abc import Collection

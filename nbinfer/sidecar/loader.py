@@ -188,7 +188,12 @@ class Loader:
             if self._closed:
                 raise EngineClosed("the service is stopping.")
             self._queue.append(ticket)
-            self._changed.notify_all()
+            entry = self._entries.get(wanted.key)
+            if entry is not None and entry.state == "ready" and len(self._queue) == 1:
+                # Nobody waits for anything: there is nothing to decide.
+                self._grant(ticket, entry)
+            else:
+                self._changed.notify_all()
         return ticket
 
     def acquire(self, wanted: Wanted, *, hold: bool = False, timeout: float | None = None) -> Use:

@@ -9,10 +9,9 @@ from pydantic import Field
 
 from nbinfer.contract.errors import RequestError
 from nbinfer.contract.results import Delta, PromptProgress
-from nbinfer.engines.remote.wire import error_to_json
+from nbinfer.engines.remote.wire import error_to_json, shaped
 from nbinfer.sidecar.answers import CallSplitter, new_id
 from nbinfer.sidecar.bodies import Body, ChatBody
-from nbinfer.sidecar.responses import shaped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, StreamingResponse
 
 from nbinfer.contract.errors import ModelNotFound
-from nbinfer.engines.remote.wire import error_to_json
+from nbinfer.engines.remote.wire import error_to_json, shaped
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -27,18 +27,6 @@ if TYPE_CHECKING:
 
 ENDING = "x-nbinfer-ending"
 """Header of a runner's answer that says that its engine is gone, and so will it be."""
-
-
-# HTTP status: Anthropic's type of the error.
-_ANTHROPIC_ERRORS = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    421: "not_found_error",
-    503: "overloaded_error",
-}
 
 
 class MisdirectedError(ModelNotFound):
@@ -73,14 +61,6 @@ class ClosingStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._on_close()
-
-
-def shaped(path: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
-    """Return an error's body in the shape of the API that a path is part of: OpenAI's, or Anthropic's."""
-    if not path.startswith("/v1/messages"):
-        return body
-    kind = _ANTHROPIC_ERRORS.get(status, "api_error")
-    return {"type": "error", "error": {"type": kind, "message": body["error"]["message"]}}
 
 
 def error_response(error: NbinferError, path: str = "") -> Response:

@@ -476,7 +476,8 @@ class SidecarService:
     async def _passed(
         self, request: Request, wanted: Wanted, body: bytes, *, last_try: bool = False
     ) -> Response:
-        use = await while_connected(request, self._acquire(wanted))
+        there = self._at_once(wanted)
+        use = there if there is not None else await while_connected(request, self._acquire(wanted))
         runner: Runner = use.loaded
         try:
             asked = self._client(runner).request("POST", request.url.path, body)
@@ -525,6 +526,17 @@ class SidecarService:
                 yield b"\n\n" + messages.error_event(lost)
             else:
                 yield b"\n\n" + sse(error_to_json(lost)[1])
+
+    def _at_once(self, wanted: Wanted) -> Use | None:
+        """Return a use of a model that is there and has nobody waiting before us."""
+        entry = self.loader.get(wanted.key)
+        if entry is None or entry.state != "ready" or entry.loaded.ended.is_set():
+            return None
+        ticket = self.loader.request(wanted)
+        if ticket.future.done():
+            return ticket.future.result()
+        ticket.cancel()
+        return None
 
     async def _acquire(self, wanted: Wanted) -> Use:
         """Wait for a runner that is really there."""

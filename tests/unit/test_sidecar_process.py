@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -328,3 +329,14 @@ def test_a_runner_that_nobody_started_properly_ends_by_itself() -> None:
     assert time.monotonic() >= began
     with contextlib.suppress(ProcessLookupError):
         assert done.args
+
+
+def test_the_kernels_side_imports_no_server_and_no_client_package() -> None:
+    # A kernel that comes to a loaded model has nothing else to wait for.
+    code = (
+        "import sys, nbinfer.sidecar.client, nbinfer.engines.remote.engine\n"
+        "heavy = {'openai', 'httpx', 'starlette', 'fastapi', 'uvicorn', 'anyio'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

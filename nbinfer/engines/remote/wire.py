@@ -44,6 +44,16 @@ _STATUS: tuple[tuple[type[NbinferError], tuple[int, str, str | None]], ...] = (
 )
 # Too slow, too many requests, or a proxy without its server behind it.
 _LATER = (408, 425, 429, 502, 503, 504)
+# HTTP status: Anthropic's type of the error.
+_ANTHROPIC_ERRORS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    421: "not_found_error",
+    503: "overloaded_error",
+}
 RUNNER_LOST = "runner_lost"
 """Code of the error that a request gets when the process that served it died."""
 STOPPING = "stopping"
@@ -84,6 +94,14 @@ def error_body(
 
 class Unreachable(errors.EngineError):
     """The server does not answer, or says that it cannot now: the request may do elsewhere, or later."""
+
+
+def shaped(path: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    """Return an error's body in the shape of the API that a path is part of: OpenAI's, or Anthropic's."""
+    if not path.startswith("/v1/messages"):
+        return body
+    kind = _ANTHROPIC_ERRORS.get(status, "api_error")
+    return {"type": "error", "error": {"type": kind, "message": body["error"]["message"]}}
 
 
 class RunnerLost(Unreachable):
