@@ -112,10 +112,10 @@ def _pull(command: Command, given: Given, _magics: NbInferMagics) -> Any:
     return session.pull(given.words[0], **_keywords(command, given))
 
 
-def _panel(_command: Command, _given: Given, _magics: NbInferMagics) -> Any:
+def _panel(_command: Command, given: Given, _magics: NbInferMagics) -> Any:
     from nbinfer.widgets import panel
 
-    return panel()
+    return panel(*given.words)
 
 
 def _alias(_command: Command, given: Given, _magics: NbInferMagics) -> Any:

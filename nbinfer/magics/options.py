@@ -382,7 +382,13 @@ COMMANDS: tuple[Command, ...] = (
         options=(_CONTEXT, _GPU_LAYERS, _KV_TYPE, _PARALLEL, _PARAM, _HELP),
     ),
     Command(name="pull", words=("REF",), help="download a model", options=(_HELP,)),
-    Command(name="panel", help="load and watch models with the mouse", options=(_HELP,)),
+    Command(
+        name="panel",
+        words=("[REF]",),
+        completes="path",
+        help="load and watch models with the mouse",
+        options=(_HELP,),
+    ),
     Command(
         name="alias",
         words=("[NAME]", "[REF]"),

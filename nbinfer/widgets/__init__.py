@@ -11,8 +11,13 @@ if TYPE_CHECKING:
 __all__ = ["memory_bar", "monitor", "panel", "status_badge"]
 
 
-def panel() -> Any:
+def panel(ref: str | None = None) -> Any:
     """Return the panel: models on this disk and in memory, what fits, what runs, and the backends.
+
+    Parameters
+    ----------
+    ref
+        A model to begin with, as for :func:`nbinfer.load`: what it takes is shown, and it can be loaded.
 
     Returns
     -------
@@ -20,11 +25,18 @@ def panel() -> Any:
         A live one, to be shown by a cell; a still picture of the same where anywidget is not installed. It
         looks at the machine once a second while it is on a page, and not otherwise; ``close()`` ends it.
         Closing unloads nothing.
+
+    Raises
+    ------
+    NbinferError
+        There is no model ``ref``, or it cannot be read.
     """
     from nbinfer.widgets.controller import Controller
     from nbinfer.widgets.planner import MemoryPlanner
 
     controller = Controller(MemoryPlanner())
+    if ref is not None:
+        controller.plan(ref, {})
     controller.look()
     controller.look_around()
     return show("panel", controller)

@@ -217,8 +217,14 @@ function modelsView(model, link, choose) {
   const head = el("tr", {}, ...["Model", "Source", "Size", "Fits here", ""].map((title) => title ? el("th", { scope: "col" }, title) : el("td")));
   const table = el("table", {}, el("thead", {}, head), rows);
   const scroll = el("div", { class: "nbinfer-w-scroll", role: "region", "aria-label": "Models on this disk", tabindex: 0 }, table);
+  // Whatever else can be loaded: a file elsewhere, or a model that is not here yet.
+  const otherId = uid("other");
+  const planOther = () => { if (other.value.trim()) choose({ ref: other.value.trim() }); };
+  const other = el("input", { type: "text", id: otherId, placeholder: "a file, hf:owner/name:Q4_K_M, an alias",
+    spellcheck: "false", onkeydown: (event) => { if (event.key === "Enter") planOther(); } });
   const node = section("On this disk",
-    el("div", { class: "nbinfer-w-row" }, el("label", { for: filterId }, "Filter"), filter, again, count), scroll);
+    el("div", { class: "nbinfer-w-row" }, el("label", { for: filterId }, "Filter"), filter, again, count), scroll,
+    el("div", { class: "nbinfer-w-row" }, el("label", { for: otherId }, "Another"), other, button("See what it takes", planOther)));
   const make = (first) => {
     const name = el("span"), about = el("div", { class: "nbinfer-w-note" }), source = el("td"), size = el("td", { class: "nbinfer-w-number" }), verdict = badge();
     const pick = button("Plan", () => choose(first), { "aria-label": `Plan ${first.name}` });
