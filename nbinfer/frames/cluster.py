@@ -384,10 +384,8 @@ class OnCluster(Switchboard):
     def _died(self, chunk: Chunk) -> None:
         """Halve what a dead worker had; find out about a single row when nothing else runs."""
         self._deaths += 1
-        note = f"workers died {self._deaths} times; their rows were computed again."
-        if self._deaths > 1:
-            self.notes.remove(f"workers died {self._deaths - 1} times; their rows were computed again.")
-        self.notes.append(note)
+        count = "a chunk of rows" if self._deaths == 1 else f"{self._deaths} chunks of rows"
+        self.notes[:] = [f"{count} lost its worker on the way, and the rows were computed again."]
         jobs = [job for job in chunk.jobs if not job.stream.cancelled]
         for job in chunk.jobs:
             if job.stream.cancelled:

@@ -104,7 +104,7 @@ def test_a_row_that_kills_its_worker_is_one_error_row(client: Any, fake: Any) ->
     assert out["error"].notna().tolist() == [text == "poison" for text in rows]
     assert out["error"][7].startswith("WorkerDied: 2 workers died")
     assert [out["completion"][i] for i in range(12) if i != 7] == [t for t in rows if t != "poison"]
-    assert any("workers died" in note for note in last_run().progress.notes)
+    assert any("lost its worker" in note for note in last_run().progress.notes)
 
 
 def test_a_worker_killed_in_the_middle_loses_nothing(client: Any, fake: Any) -> None:
