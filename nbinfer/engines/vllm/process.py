@@ -119,11 +119,11 @@ class Place:
             if not taken and not _started_elsewhere():
                 self._holder = holder
                 return
-        whose = f"{taken} runs with vLLM" if taken else "this notebook made a vLLM engine of its own"
+        whose = f"the vLLM model {taken!r}" if taken else "a vLLM engine of your own"
         fix = f"Unload it first, nb.unload({taken!r})," if taken else "Restart the kernel,"
         raise NotSupported(
-            f"{holder.name}: {whose} in this kernel, and vLLM can hold one model per process: "
-            f"unloading one of two would break the other.\n{fix} or load this one with where='sidecar'."
+            f"{holder.name}: this kernel holds {whose}, and vLLM can hold one model per process: unloading one "
+            f"of two would break the other.\n{fix} or load this one with where='sidecar'."
         )
 
     def leave(self, holder: Holder) -> None:
