@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -65,6 +66,18 @@ def test_the_same_cell_gives_the_same_kind_of_frame(models: dict[str, session.Mo
         for name in models
     ]
     assert labelled[0].columns.tolist() == labelled[1].columns.tolist()
+
+
+def test_a_typed_answer_is_the_same_value(models: dict[str, session.Model]) -> None:
+    @dataclass
+    class City:
+        country: str
+        capital: str
+
+    asked = "What is the capital of Italy? Answer in JSON."
+    found = [nb.infer(asked, schema=City, model=name) for name in models]
+    assert [each.parsed for each in found] == [City("Italy", "Rome")] * 2
+    assert found[0].text == found[1].text
 
 
 def test_kept_answers_are_found_by_the_type_that_they_were_computed_in(

@@ -122,8 +122,8 @@ class Place:
         whose = f"the vLLM model {taken!r}" if taken else "a vLLM engine of your own"
         fix = f"Unload it first, nb.unload({taken!r})," if taken else "Restart the kernel,"
         raise NotSupported(
-            f"{holder.name}: this kernel holds {whose}, and vLLM can hold one model per process: unloading one "
-            f"of two would break the other.\n{fix} or load this one with where='sidecar'."
+            f"{holder.name}: this kernel holds {whose}, and vLLM can hold one model per process: "
+            f"unloading one of two would break the other.\n{fix} or load this one with where='sidecar'."
         )
 
     def leave(self, holder: Holder) -> None:

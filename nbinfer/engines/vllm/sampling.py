@@ -87,8 +87,8 @@ def _structured(constraint: Constraint) -> dict[str, Any]:
     kind, value = constraint.kind, constraint.value
     if kind in ("json_schema", "json"):
         schema = {"type": "object"} if value is None else dict(value)
-        # llguidance reads its options in the schema itself.
-        return {"json": {"x-guidance": JSON_STYLE, **schema}}
+        # llguidance reads its options in the schema itself, where there may be some.
+        return {"json": {**schema, "x-guidance": {**JSON_STYLE, **schema.get("x-guidance", {})}}}
     if kind == "regex":
         return {"regex": value}
     return {"grammar": lark_text(constraint)}
