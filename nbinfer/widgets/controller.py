@@ -78,10 +78,10 @@ class Controller(Watched):
                 self._newest_plan += 1
                 number = self._newest_plan
                 self._fast.put(lambda: self._plan(number, row), key="plan")
-            case "stop":
-                self._fast.put(lambda: self._stop(row))
+            case "stop":  # not behind a plan: that may have to ask a server
+                self._quick.put(lambda: self._stop(row))
             case "dismiss":
-                self._fast.put(lambda: self._dismiss(row))
+                self._quick.put(lambda: self._dismiss(row))
             case "refresh":
                 self._slow.put(self.look_around, key="refresh")
             case "load":

@@ -250,6 +250,15 @@ def test_a_model_that_is_not_in_the_list_is_planned_by_its_name(page: Any, parts
     page.get_by_role("button", name="See what it takes").click()
     asked = sent(page, "plan")
     assert [each["ref"] for each in asked] == ["hf:owner/name:Q4_K_M"] * 2
+    # A server may take its time; what comes meanwhile is of the model before.
+    looking = page.get_by_text("Looking at hf:owner/name:Q4_K_M…")
+    assert looking.is_visible()
+    put(page, plan={**parts["plan"], "settling": False})
+    assert looking.is_visible()
+    put(page, plan={**_plan(FakePlanner(), 4096, seq=asked[-1]["seq"]), "ref": "hf:owner/name:Q4_K_M"})
+    assert looking.is_hidden()
+    page.get_by_role("button", name="Load", exact=True).click()
+    assert sent(page, "load")[0]["ref"] == "hf:owner/name:Q4_K_M"
 
 
 def test_stop_is_off_while_it_could_not_act_and_says_why(page: Any, parts: dict[str, Any]) -> None:

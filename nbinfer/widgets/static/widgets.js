@@ -259,7 +259,7 @@ function modelsView(model, link, choose) {
 }
 
 function planView(model, link, { load }) {
-  let settings = {}, ref = "", seq = 0, flying = 0, waiting = false, frame = 0;
+  let settings = {}, ref = "", wanted = "", seq = 0, flying = 0, waiting = false, frame = 0;
   const title = el("strong");
   const bars = el("div");
   const legend = el("ul", { class: "nbinfer-w-legend", "aria-label": "What the memory is for" });
@@ -308,7 +308,7 @@ function planView(model, link, { load }) {
     el("label", { for: keepId }, "and keep it"), keep, progress, progressText);
   const body = el("div", {}, title, problem, bars, legend,
     el("div", { class: "nbinfer-w-verdict", role: "status" }, verdict, " ", sentence), source, fits, fields, ...(load ? [actions] : []));
-  const hint = el("div", { class: "nbinfer-w-note" }, "Choose a model above to see what memory it takes.");
+  const hint = el("div", { class: "nbinfer-w-note", role: "status" });
   const node = section("Will it fit?", hint, body);
 
   // One question in the air at a time, the newest next: however fast a slider moves, the page does not wait.
@@ -325,10 +325,11 @@ function planView(model, link, { load }) {
     frame = requestAnimationFrame(() => { drawCurve(); ask(); });
   };
   const choose = (row) => {
-    ref = row.ref;
+    ref = wanted = row.ref;
     settings = {};
     flying = 0;
     ask();
+    draw(); // the answer may have to come from a server
   };
 
   const drawFields = () => {
@@ -373,11 +374,13 @@ function planView(model, link, { load }) {
     const plan = model.get("plan");
     const answered = Boolean(plan.ref);
     if (answered && plan.seq >= seq) flying = 0;
-    show(hint, !answered);
-    show(body, answered);
+    if (plan.ref === wanted) wanted = "";
+    say(hint, wanted ? `Looking at ${wanted}…` : "Choose a model above to see what memory it takes.");
+    show(hint, !answered || Boolean(wanted));
+    show(body, answered && !wanted);
     if (answered) {
       // An answer to an older question must not move the sliders back.
-      if (plan.ref !== ref || plan.seq >= seq) {
+      if (!wanted && (plan.ref !== ref || plan.seq >= seq)) {
         if (plan.ref !== ref) seq = plan.seq;
         ref = plan.ref;
         if (!waiting && plan.settings) settings = { ...plan.settings };
