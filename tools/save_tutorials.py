@@ -24,6 +24,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MACHINE_PATH = re.compile(r"/(?:home|Users|tmp|var|work|root|opt|mnt|srv)/\w|[A-Z]:\\\\|file://")
 """A folder of somebody's machine, which says too much and means nothing elsewhere."""
+PICTURE = re.compile(r"data:image/[a-z]+;base64,[A-Za-z0-9+/=]+")
 
 
 def clean(notebook: Any) -> Any:
@@ -48,6 +49,8 @@ def machine_paths(notebook: Any) -> list[str]:
             texts.append(output.get("text", ""))
             texts += [str(value) for kind, value in output.get("data", {}).items() if kind != "image/png"]
             texts += output.get("traceback", ())
+        # A picture's bytes may spell anything.
+        texts = [PICTURE.sub("", text) for text in texts]
         found += [text[m.start() : m.start() + 60] for text in texts if (m := MACHINE_PATH.search(text))]
     return found
 

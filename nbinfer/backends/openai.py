@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from nbinfer.contract import status as words
 from nbinfer.contract.errors import BackendUnavailable, ConfigError, ModelNotFound, NotSupported
-from nbinfer.contract.modes import Mode
 from nbinfer.contract.status import BackendStatus, StatusWord
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
     from nbinfer.backends.process import RunControl
     from nbinfer.contract.config import ModelConfig
+    from nbinfer.contract.modes import Mode
     from nbinfer.engines.protocol import Engine
     from nbinfer.engines.remote.engine import Endpoint
 
@@ -114,8 +114,6 @@ class OpenAIBackend:
             raise ConfigError(
                 f"openai takes base_url, api_key, socket and check; {given} is for whoever starts the server."
             )
-        if mode is Mode.IMAGE_GENERATION:
-            raise NotSupported("openai serves completion, embedding and reranking here; not images.")
         from nbinfer.engines.protocol import EngineInfo
         from nbinfer.engines.remote.engine import RemoteEngine
 

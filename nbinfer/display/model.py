@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nbinfer.contract.memory import RequiredMemory
+from nbinfer.contract.modes import Mode
 from nbinfer.contract.units import human_bytes
 from nbinfer.display.style import page
 from nbinfer.display.text import escape, printable
@@ -27,12 +28,18 @@ def _facts(model: Model) -> list[str]:
     info = model.info
     place = "in this kernel" if model.where == "kernel" else f"in a {model.where}"
     facts = [f"{info.version or model.backend} {place}", f"context {info.context_size:,} tokens"]
+    if model.mode == Mode.IMAGE_GENERATION:
+        uses = info.effective
+        said = (uses.get("pipeline"), f"{uses.get('dtype')} on {uses.get('device')}", uses.get("size"))
+        facts = [facts[0], *(str(word) for word in said if word)]
     if info.trained_context_size is not None and info.trained_context_size > info.context_size:
         facts[-1] += f" of {info.trained_context_size:,}"
     if info.dimensions is not None:
         facts.append(f"{info.dimensions} dimensions")
     if info.parallel > 1:
-        facts.append(f"{info.parallel} requests at once")
+        facts.append(
+            f"{info.parallel} {'images' if model.mode == Mode.IMAGE_GENERATION else 'requests'} at once"
+        )
     facts += _memory_words(getattr(model.memory, "required", model.memory))
     return facts
 

@@ -86,6 +86,9 @@ class Pictures:
         except OSError as error:
             raise ValueGone(f"the image {digest[:12]}… is gone: {error}") from None
         if hashlib.sha256(png).hexdigest() != digest:
+            # It would stand in the way of the right one.
+            with contextlib.suppress(OSError):
+                path.unlink()
             raise ValueGone(f"the image {digest[:12]}… was changed.")
         return png
 

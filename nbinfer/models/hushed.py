@@ -12,6 +12,17 @@ if TYPE_CHECKING:
 @contextmanager
 def hushed() -> Iterator[None]:
     """Have transformers and diffusers say only what is an error; their settings come back afterwards."""
+    import warnings
+
+    with warnings.catch_warnings():
+        # tqdm says at its import that a notebook has no widgets; nothing here draws any.
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        with _levels():
+            yield
+
+
+@contextmanager
+def _levels() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
