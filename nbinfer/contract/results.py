@@ -182,7 +182,7 @@ class Result:
         if self.logprobs is None:
             raise RequestError(
                 "this answer has no log-probabilities.\n"
-                "Ask with them: nb.infer(prompt, logprobs=3), or %infer -p logprobs=3 … in a cell."
+                "Ask with them: nb.infer(prompt, logprobs=3), or %infer --logprobs 3 … in a cell."
             )
         return Logprobs(self.logprobs, self.model)
 

@@ -122,6 +122,14 @@ INFER: tuple[Option, ...] = (
         repeat=True,
     ),
     Option(
+        name="logprobs",
+        flags=("--logprobs",),
+        kind="int",
+        metavar="K",
+        help="keep how likely each token was, and the K likeliest; r.show_logprobs() shows them",
+        keyword="logprobs",
+    ),
+    Option(
         name="params",
         flags=("-p", "--param"),
         kind="pair",

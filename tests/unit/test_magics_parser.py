@@ -175,7 +175,7 @@ def test_an_unknown_command_names_the_nearest_and_all() -> None:
 # -- one table ----------------------------------------------------------------------------------------------
 
 # Keywords of infer() without an option of their own; -p reaches them.
-BY_PARAM = {"logit_bias", "logprobs", "tools", "priority"}
+BY_PARAM = {"logit_bias", "tools", "priority"}
 # ... and what the cell itself stands for.
 THE_CELL = {"messages"}
 
