@@ -15,7 +15,7 @@ TORCH_VENV ?= .venv-torch
 TORCH_BIN := $(TORCH_VENV)/bin
 TORCH_PIP := $(TORCH_BIN)/python -m pip --disable-pip-version-check
 TORCH_PINS := requirements/torch-cpu.txt
-TORCH_NOTEBOOK := notebooks/10-images.ipynb
+TORCH_NOTEBOOKS := $(wildcard notebooks/07-*.ipynb notebooks/10-*.ipynb)
 TORCH_PYTHON ?= $(shell command -v python3.11 || command -v $(PYTHON))
 TORCH_NOT_HERE = $(shell $(TORCH_PYTHON) -c 'import platform, sys; \
 	here = (platform.system(), platform.machine(), *sys.version_info[:2]); \
@@ -29,7 +29,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/python tools/show_notebook.py build/01-quickstart.ipynb
 
 test: $(VENV)/.test lint docs-check
-	$(BIN)/python -m pytest -m "not vllm and not images" --nbmake tests notebooks --ignore $(TORCH_NOTEBOOK)
+	$(BIN)/python -m pytest -m "not vllm and not images" --nbmake tests notebooks $(TORCH_NOTEBOOKS:%=--ignore %)
 	@$(MAKE) --no-print-directory test-torch
 
 # NBINFER_REQUIRE: a test of these that finds its engine missing fails, and is not skipped.
@@ -39,7 +39,7 @@ test-torch:
 			"$(TORCH_NOT_HERE). TORCH_PYTHON names another Python."; \
 	else \
 		$(MAKE) --no-print-directory setup-torch && \
-		NBINFER_REQUIRE=vllm,images $(TORCH_BIN)/python -m pytest --nbmake tests/torch_engines $(TORCH_NOTEBOOK); \
+		NBINFER_REQUIRE=vllm,images $(TORCH_BIN)/python -m pytest --nbmake tests/torch_engines $(TORCH_NOTEBOOKS); \
 	fi
 
 setup-torch: $(TORCH_VENV)/.test
@@ -57,8 +57,9 @@ docs: $(VENV)/.docs
 docs-check: $(VENV)/.test
 	NBINFER_DOCS_EXECUTE=off $(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
-tutorials: $(VENV)/.run
-	$(BIN)/python tools/save_tutorials.py
+tutorials: $(VENV)/.run setup-torch
+	$(BIN)/python tools/save_tutorials.py $(filter-out $(TORCH_NOTEBOOKS), $(wildcard notebooks/*.ipynb))
+	$(TORCH_BIN)/python tools/save_tutorials.py $(TORCH_NOTEBOOKS)
 
 # The pictures of README.md and of the documentation's first page.
 pictures: $(VENV)/.test
