@@ -3,14 +3,16 @@
     python benchmarks/frames.py                          # all three, about 5 minutes on two cores
     python benchmarks/frames.py overhead --rows 2000
     python benchmarks/frames.py known --rows 1000000
-    python benchmarks/frames.py kills --rows 2000 --times 20
+    python benchmarks/frames.py kills --rows 2000 --times 20 --where kernel sidecar --how kill interrupt
+    python benchmarks/frames.py kills --batched                    # without exact=True
 
 overhead: the same requests through the bare engine (all submitted, then awaited) and through ``nb.complete``
 with its journal, in turns, on the demo chat model; what a row costs more is the median difference of
 processor time. known: rows that are all duplicates of a few, then rows that are all in the journal; rows per
-second and the most memory. kills: a job in a process of its own is killed with SIGKILL at a random moment and
-run again; committed rows that are computed again, and whether the frame equals an undisturbed one (with
-``exact=True``: otherwise a batch of another shape may flip a near tie, here in about 1 of 1,000 rows).
+second and the most memory. kills: a job in a process of its own, with the model in it or in the sidecar, is
+killed with SIGKILL or interrupted at a random moment and run again; committed rows that are computed again,
+and whether the frame equals an undisturbed one (with ``exact=True``; ``--batched`` is without: a batch of
+another shape may flip a near tie).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +41,10 @@ def demo_rows(count: int) -> list[str]:
     return [f"What is {i % 97} plus {i // 97}?" for i in range(count)]
 
 
-def loaded(*, exact: bool = False) -> Any:
+def loaded(*, exact: bool = False, where: str = "kernel") -> Any:
     import nbinfer as nb
 
-    return nb.load("demo", threads=1, exact=exact)
+    return nb.load("demo", threads=1, where=where, exact=exact)
 
 
 def overhead(table: Table, rows: int) -> None:
@@ -105,39 +108,48 @@ import nbinfer as nb
 sys.path.insert(0, {here!r})
 from frames import demo_rows, loaded
 rows = demo_rows({rows})
-nb.complete(rows, model=loaded(exact=True), max_tokens=12, progress=False)
+nb.complete(rows, model=loaded(exact={exact}, where={where!r}), max_tokens=12, progress=False)
 """
 
 
-def kills(table: Table, rows: int, times: int) -> None:
+def kills(table: Table, rows: int, times: int, *, where: str, how: str, exact: bool) -> None:
     import nbinfer as nb
     from nbinfer.frames.journal import close_all
 
-    program = [sys.executable, "-c", _JOB.format(here=str(Path(__file__).parent), rows=rows)]
-    expected = nb.complete(
-        demo_rows(rows), model=loaded(exact=True), max_tokens=12, cache=False, progress=False
+    sent = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT}[how]
+    job_text = _JOB.format(here=str(Path(__file__).parent), rows=rows, exact=exact, where=where)
+    program = [sys.executable, "-c", job_text]
+    model = loaded(exact=exact, where=where)
+    expected = list(
+        nb.complete(demo_rows(rows), model=model, max_tokens=12, cache=False, progress=False)["completion"]
     )
-    dice, killed, again, equal = random.Random(7), 0, 0, 0
+    dice, stopped, again, equal, differ = random.Random(7), 0, 0, 0, 0
     for _ in range(times):
         with tempfile.TemporaryDirectory() as folder:
             os.environ["NBINFER_CACHE"] = folder
-            job = subprocess.Popen(program)
+            job = subprocess.Popen(program, stderr=subprocess.DEVNULL)
             stop_at = dice.randint(1, rows - 1)
             while nb.cache.info().entries < stop_at and job.poll() is None:
                 time.sleep(0.002)
             if job.poll() is None:
-                job.send_signal(signal.SIGKILL)
-                killed += 1
+                job.send_signal(sent)
+                stopped += 1
             job.wait()
             kept = nb.cache.info().entries
-            out = nb.complete(demo_rows(rows), model=loaded(exact=True), max_tokens=12, progress=False)
+            out = nb.complete(demo_rows(rows), model=model, max_tokens=12, progress=False)
             again += int((out["source"] == "run").sum()) - (rows - kept)
-            equal += list(out["completion"]) == list(expected["completion"])
+            wrong = sum(a != b for a, b in zip(out["completion"], expected, strict=True))
+            equal += not wrong
+            differ += wrong
             close_all()
     del os.environ["NBINFER_CACHE"]
-    detail = f"{killed} of {times} killed at random rows of {rows:,}"
-    table.add_row("committed rows computed again after kill -9", str(again), detail, "0")
-    table.add_row("frames equal to an undisturbed one", f"{equal} of {times}", detail, "all")
+    model.unload()
+    detail = (
+        f"{where}, {how}, {'exact' if exact else 'batched'}: {stopped} of {times} at random rows of {rows:,}"
+    )
+    table.add_row("committed rows computed again", str(again), detail, "0")
+    share = f"{equal} of {times}, {differ} rows of all differ"
+    table.add_row("frames equal to an undisturbed one", share, detail, "all" if exact else "-")
 
 
 def main() -> None:
@@ -147,6 +159,9 @@ def main() -> None:
     parser.add_argument("which", nargs="?", choices=["overhead", "known", "kills"])
     parser.add_argument("--rows", type=int)
     parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--where", nargs="+", choices=["kernel", "sidecar"], default=["kernel"])
+    parser.add_argument("--how", nargs="+", choices=["kill", "interrupt"], default=["kill"])
+    parser.add_argument("--batched", action="store_true", help="kills: without exact=True")
     asked = parser.parse_args()
     table = Table("what", "measured", "on", "target")
     with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +174,14 @@ def main() -> None:
 
         close_all()
     if asked.which in (None, "kills"):
-        kills(table, asked.rows or 2000, asked.times)
+        with tempfile.TemporaryDirectory(prefix="nbi-") as folder:
+            # A sidecar of this benchmark's own.
+            os.environ["NBINFER_RUNTIME_DIR"] = folder
+            for where, how in product(asked.where, asked.how):
+                kills(table, asked.rows or 2000, asked.times, where=where, how=how, exact=not asked.batched)
+            from nbinfer.sidecar import discovery
+
+            discovery.stop()
     Console().print(table)
 
 
