@@ -100,7 +100,7 @@ def test_a_private_model_goes_with_its_kernel(kernel: Any, runtime: Path, death:
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("death", [restart, kill_alone])
+@pytest.mark.parametrize("death", DEATHS)
 def test_a_shared_model_outlives_its_kernel_and_the_next_one_needs_no_load(
     kernel: Any, runtime: Path, death: Any
 ) -> None:
