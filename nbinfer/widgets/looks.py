@@ -100,12 +100,18 @@ def _memory(model: Model) -> str:
         found.append(f"memory {human_bytes(measured)} measured")
     devices = getattr(model.memory, "devices", None)
     if devices is not None:
-        # The engine counts neither the process around it nor its rows of results.
-        estimated = sum(device.known - device.output + device.file_backed for device in devices)
+        estimated = sum(map(_held, devices))
         found.append(
             f"{human_bytes(estimated)} estimated" if found else f"memory {human_bytes(estimated)} estimated"
         )
     return ", ".join(found)
+
+
+def _held(device: Any) -> int:
+    """Return what was estimated of that which an engine counts: it does not count the process around it."""
+    if hasattr(device, "activations"):  # of an image pipeline it counts the weights
+        return int(device.known - device.activations)
+    return int(device.known - device.output + device.file_backed)
 
 
 class _Measured:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from nbinfer import session
 from nbinfer.contract.errors import GGUFParseError, NbinferError
-from nbinfer.contract.modes import Mode
 from nbinfer.contract.units import human_bytes
+from nbinfer.memory.show import parts
 from nbinfer.widgets.planner import (
     KV_TYPES,
     LONGEST_UNKNOWN,
@@ -21,6 +21,7 @@ from nbinfer.widgets.planner import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nbinfer.gguf.pipeline import PipelineHeader
     from nbinfer.gguf.safetensors import SafetensorsHeader
     from nbinfer.widgets.state import Row
 
@@ -53,7 +54,7 @@ def plan(ref: str, settings: Mapping[str, Any], problem: NbinferError) -> Row:
             return _vllm(ref, header, settings, limits)
         except NbinferError as error:  # its configuration lacks what the formulas need
             return _whole(ref, settings, limits, text=str(error).splitlines()[0])
-    return _weights(ref, header, settings)
+    return _images(ref, header, settings)
 
 
 def _limits(longest: int, *, kv_types: list[str] | None = None) -> Row:
@@ -132,31 +133,53 @@ def _vllm_on_cpu(ref: str, header: SafetensorsHeader, settings: Mapping[str, Any
     )
 
 
-def _weights(ref: str, header: Any, settings: Mapping[str, Any]) -> Row:
-    """Return what is known of a model of a kind that has no formula: its weights."""
-    image = Mode.IMAGE_GENERATION in header.modes
+def _images(ref: str, header: PipelineHeader, settings: Mapping[str, Any]) -> Row:
+    """Return the plan of an image pipeline, with its default size; it has none of the sliders' settings."""
+    from nbinfer.memory import estimate_images
+
+    made = estimate_images(header, name=ref.rstrip("/").rsplit("/", 1)[-1])
     limits: Row = {"context": [], "kv_types": [], "layers": 0, "parallel": 0}
-    known = [("weights", "weights", header.weights_bytes)]
-    return _least(
-        ref, settings, limits, known, "what a picture takes while it is made comes on top" if image else ""
+    bars = [
+        plan_bar(
+            f"d{i}",
+            device.name,
+            device.total,
+            f"needs {human_bytes(device.required)}, free {human_bytes(device.available)}",
+            [("taken", "in use now", max(0, device.total - device.available)), *parts(device)],
+        )
+        for i, device in enumerate(made.devices)
+    ]
+    needs = "; ".join(
+        f"{human_bytes(device.required)} of {human_bytes(device.available)} free on {device.name}"
+        for device in made.devices
+    )
+    text = needs if made.verdict == "fits" else made.reason.removeprefix(f"{made.verdict}: ")
+    return _whole(
+        ref,
+        settings,
+        limits,
+        word=made.verdict,
+        text=f"{text}, for {made.size[0]}x{made.size[1]} pixels",
+        bars=bars,
+        source=f"{made.dtype}, by formula",
     )
 
 
 def _least(
-    ref: str, settings: Mapping[str, Any], limits: Row, parts: list[tuple[str, str, int]], more: str
+    ref: str, settings: Mapping[str, Any], limits: Row, known: list[tuple[str, str, int]], more: str
 ) -> Row:
     """Return a plan of main memory that says what it takes at least."""
     from nbinfer.memory import machine
 
     ram = machine().ram
-    needed = sum(size for _, _, size in parts)
+    needed = sum(size for _, _, size in known)
     text = f"at least {human_bytes(needed)} of {human_bytes(ram.available)} free on RAM"
     bar = plan_bar(
         "d0",
         "RAM",
         ram.total,
         f"needs at least {human_bytes(needed)}",
-        [("taken", "in use now", max(0, ram.total - ram.available)), *parts],
+        [("taken", "in use now", max(0, ram.total - ram.available)), *known],
     )
     return _whole(
         ref,

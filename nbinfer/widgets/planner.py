@@ -151,12 +151,17 @@ class MemoryPlanner:
     def verdict(self, model: FoundModel) -> Row:
         """Return whether a model fits with its default settings, by formula; no word without one."""
         from nbinfer.gguf import Header
-        from nbinfer.memory import estimate
+        from nbinfer.gguf.pipeline import PipelineHeader
+        from nbinfer.memory import estimate, estimate_images
 
-        if not isinstance(model.header, Header):
-            return {"word": "", "kind": ""}
+        header = model.header
         try:
-            found = estimate(model.header, projector=model.projector, exact=False).verdict
+            if isinstance(header, PipelineHeader):
+                found = estimate_images(header).verdict
+            elif isinstance(header, Header):
+                found = estimate(header, projector=model.projector, exact=False).verdict
+            else:
+                return {"word": "", "kind": ""}
         except NbinferError:
             return {"word": "", "kind": ""}
         return {"word": found, "kind": VERDICT_KINDS[found]}
