@@ -4,4 +4,4 @@ import nbinfer as nb
 nb.load("demo")
 nb.load("demo-embed")
 nb.infer("Write Python code to plot a sine wave.", model="demo")
-nb.panel()
+nb.panel("demo")

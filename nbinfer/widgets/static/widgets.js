@@ -220,7 +220,7 @@ function modelsView(model, link, choose) {
   // Whatever else can be loaded: a file elsewhere, or a model that is not here yet.
   const otherId = uid("other");
   const planOther = () => { if (other.value.trim()) choose({ ref: other.value.trim() }); };
-  const other = el("input", { type: "text", id: otherId, placeholder: "a file, hf:owner/name:Q4_K_M, an alias",
+  const other = el("input", { type: "text", id: otherId, placeholder: "a file, hf:owner/name:Q4_K_M",
     spellcheck: "false", onkeydown: (event) => { if (event.key === "Enter") planOther(); } });
   const node = section("On this disk",
     el("div", { class: "nbinfer-w-row" }, el("label", { for: filterId }, "Filter"), filter, again, count), scroll,
@@ -388,7 +388,7 @@ function planView(model, link, { load }) {
       say(title, plan.name ?? plan.ref);
       say(problem, plan.error);
       show(problem, Boolean(plan.error));
-      for (const part of [fields, legend, bars, sentence, source, verdict]) show(part, !plan.error);
+      for (const part of [fields, legend, bars, sentence, source, verdict, actions]) show(part, !plan.error);
       go.disabled = Boolean(plan.error);
       if (!plan.error) {
         drawFields();
