@@ -195,6 +195,15 @@ def test_results_go_to_their_rows_in_whatever_order_they_finish() -> None:
     assert list(out["completion"]) == rows
 
 
+def test_seconds_are_each_rows_own_not_its_batchs_share() -> None:
+    def script(request: CompletionRequest) -> Iterable[Any]:
+        return [0.2, *echo(request)] if "slow" in last_text(request) else echo(request)
+
+    seconds = complete(["slow", *(f"quick {i}" for i in range(9))], model=chat_model(script))["seconds"]
+    assert seconds[0] >= 0.2
+    assert seconds[1:].min() != seconds[0]
+
+
 def test_rows_with_a_common_beginning_are_asked_side_by_side() -> None:
     model = chat_model(parallel=1)
     complete(["b 2", "a 1", "b 1", "a 2"], model=model)

@@ -129,6 +129,23 @@ def test_each_field_is_a_column_of_its_type() -> None:
     assert list(out["parts"].iloc[2]) == []
 
 
+@pytest.mark.parametrize("make", [pd.DataFrame, pl.DataFrame, pa.table])
+def test_the_types_are_the_same_when_every_row_fails(make: Any) -> None:
+    model = answering(one=GOOD, broken="{")
+    frames = [
+        extract(make({"text": [word]}), Review, "Review: {text}", model=model, progress=False)
+        for word in ("one", "broken")
+    ]
+    whole, failed = ([str(kind) for kind in _types(frame)] for frame in frames)
+    assert whole == failed
+
+
+def _types(frame: Any) -> list[Any]:
+    if isinstance(frame, pa.Table):
+        return list(frame.schema.types)
+    return list(frame.dtypes)
+
+
 @pytest.mark.parametrize("family", ["polars", "pyarrow"])
 def test_other_families_get_their_own_types(family: str) -> None:
     make: Any = pl.DataFrame if family == "polars" else pa.table
