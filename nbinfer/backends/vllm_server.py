@@ -350,6 +350,8 @@ def _for_server(engine: Mapping[str, Any], mode: Mode, device: Device, *, exact:
 
     out = dict(engine)
     if mode is Mode.COMPLETION:
+        # Else a server that can tell thoughts apart leaves everything before their end free.
+        out["structured_outputs_config"] = {**out["structured_outputs_config"], "enable_in_reasoning": True}
         if device == "cpu":
             out.setdefault("block_size", CPU_BLOCK)
         # A cell's request goes before batch rows, and has a seat of its own.

@@ -311,7 +311,8 @@ class ServedCompletions(CompletionEngine):
         """Start a request; returns at once. See :meth:`nbinfer.engines.protocol.Engine.submit`."""
         if isinstance(request, CompletionRequest) and request.messages is not None:
             named = self._given.tool_call_parser or self._given.reasoning_parser
-            if named or has_images(request):
+            # What is constrained has no thoughts or calls to be told apart.
+            if has_images(request) or (named and request.constraint is None):
                 return self._through_chat(request)
         return super().submit(request)
 
