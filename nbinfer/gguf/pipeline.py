@@ -194,6 +194,36 @@ def read_pipeline(path: str | os.PathLike[str]) -> PipelineHeader:
         return read_parts(str(place), lambda name: _Part(file, name, entries), list(entries))
 
 
+def read_remote_pipeline(url: str, names: Iterable[str], **options: Any) -> PipelineHeader:
+    """Read the headers of a pipeline on a server; the weights stay there.
+
+    Parameters
+    ----------
+    url
+        Address of its folder.
+    names
+        Its files.
+    options
+        Options of :class:`nbinfer.gguf.remote.RemoteReader`.
+
+    Raises
+    ------
+    SafetensorsParseError
+        As :func:`read_pipeline`, or the server does not give a file.
+    """
+    from nbinfer.gguf.remote import RemoteReader
+
+    there = set(names)
+    with RemoteReader(**options) as reader:
+
+        def open_file(name: str) -> Source:
+            if name not in there:
+                raise SourceError(f"{url}: there is no {name}.", missing=True)
+            return reader.open(f"{url.rstrip('/')}/{name}")
+
+        return read_parts(url, open_file, sorted(there))
+
+
 def folder_files(folder: Path) -> list[str]:
     """Return the names of a pipeline's files, one folder deep, with ``/``."""
     found = [*folder.glob("*"), *folder.glob("*/*")]

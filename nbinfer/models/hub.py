@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.parse import quote
 
 from nbinfer.contract.errors import ModelLoadError, ModelNotFound
+from nbinfer.gguf.pipeline import INDEX, PLAIN_SUFFIXES, weight_files
 from nbinfer.gguf.split import part_of
 from nbinfer.models.cache import cache_dir
 from nbinfer.models.files import ModelFiles, projector_for, stem_and_quant
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from nbinfer.gguf import Header
+    from nbinfer.gguf.pipeline import PipelineHeader
     from nbinfer.gguf.safetensors import SafetensorsHeader
     from nbinfer.models.files import Format
 
@@ -83,11 +85,16 @@ class RemoteModel:
         return free_disk(self.folder)
 
     @cached_property
-    def header(self) -> Header | SafetensorsHeader:
+    def header(self) -> Header | SafetensorsHeader | PipelineHeader:
         """What its header says, read from the server without the weights.
 
         Raises ``GGUFParseError`` or ``SafetensorsParseError`` when it cannot be read.
         """
+        if self.format == "diffusers":
+            from nbinfer.gguf.pipeline import read_remote_pipeline
+
+            names = [file.name for file in self.files]
+            return read_remote_pipeline(self.address, names, headers=self.headers)
         if self.format == "safetensors":
             from nbinfer.gguf.safetensors import read_remote_safetensors
 
@@ -141,16 +148,19 @@ def remote(ref: HubRef) -> RemoteModel:
         for sibling in info.siblings or ()
     }
     chosen = choose(there, file=ref.file, quant=ref.quant, where=str(HubRef(ref.repo, revision=ref.revision)))
-    names = _safetensors_files(there) if chosen is None else _gguf_files(there, chosen)
+    pipeline = [] if chosen else _pipeline_files(there)
+    names = _gguf_files(there, chosen) if chosen else pipeline or _safetensors_files(there)
     if not names:
-        raise ModelNotFound(f"{ref} holds neither GGUF files nor config.json with safetensors files.")
+        raise ModelNotFound(
+            f"{ref} holds no GGUF files, no config.json with safetensors files and no image pipeline."
+        )
     short = ref.repo.rpartition("/")[2]
     quant = stem_and_quant(chosen.rpartition("/")[2])[1] if chosen else None
     token = hub.get_token()
     return RemoteModel(
         ref=str(ref),
         name=f"{short}:{quant}" if quant else short,
-        format="gguf" if chosen else "safetensors",
+        format="gguf" if chosen else "diffusers" if pipeline else "safetensors",
         files=tuple(there[name] for name in names),
         address=f"{endpoint}/{ref.repo}/resolve/{quote(ref.revision or 'main', safe='')}"
         + (f"/{chosen}" if chosen else ""),
@@ -183,6 +193,24 @@ def _safetensors_files(there: dict[str, HubFile]) -> list[str]:
         return []
     small = [name for name in top if name.endswith(_SMALL_FILES) and there[name].n_bytes <= _MAX_SMALL]
     return weights + small
+
+
+def _pipeline_files(there: dict[str, HubFile]) -> list[str]:
+    """Return the files of an image pipeline: data only, and of each part's weights one variant."""
+    if INDEX not in there:
+        return []
+    names = [INDEX]
+    for folder in sorted({name.partition("/")[0] for name in there if name.count("/") == 1}):
+        inside = [name for name in sorted(there) if name.startswith(f"{folder}/")]
+        names += weight_files(inside)[0]
+        names += [
+            name
+            for name in inside
+            if name.endswith(PLAIN_SUFFIXES)
+            and not name.endswith(".safetensors")
+            and there[name].n_bytes <= _MAX_SMALL
+        ]
+    return names
 
 
 def fetch(model: RemoteModel, ref: HubRef, *, confirm: Confirm | None = None) -> ModelFiles:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.fake_hub import COMMIT, FakeHub
 from support.model_stores import CONFIG, gguf, gguf_part, isolate, safetensors, sha256
+from support.pipelines import write_pipeline
 
 from nbinfer.contract.errors import DoesNotFit, ModelLoadError, ModelNotFound
+from nbinfer.contract.modes import Mode
 from nbinfer.models import discover, hub, peek, pull, resolve
 from nbinfer.models.hub import RemoteModel
 
@@ -100,6 +102,29 @@ def test_split_and_safetensors_models_are_downloaded_whole(server: FakeHub) -> N
     assert sorted(path.name for path in whole.path.iterdir()) == sorted(["model-1.safetensors", *SMALL])
 
 
+def test_an_image_pipeline_is_downloaded_as_data_in_one_variant(server: FakeHub, tmp_path: Path) -> None:
+    folder = write_pipeline(tmp_path / "made")
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
+    others = {
+        "unet/diffusion_pytorch_model.fp16.safetensors": safetensors(),
+        "unet/diffusion_pytorch_model.bin": b"pickle",
+        "unet/own.py": b"raise SystemExit",
+        "sd-v1.safetensors": safetensors(),
+        "README.md": b"# pictures",
+    }
+    server.repos["o/pictures"] = {**files, **others}
+    remote = peek("hf:o/pictures")
+    assert isinstance(remote, RemoteModel)
+    assert remote.header.modes == (Mode.IMAGE_GENERATION,)
+    assert remote.header.parameters == 1800
+    found = pull("hf:o/pictures")
+    assert found.format == "diffusers"
+    there = [path.relative_to(found.path).as_posix() for path in found.path.rglob("*.*")]
+    assert sorted(there) == sorted(files)
+    (listed,) = discover("huggingface")
+    assert (listed.ref, listed.trouble) == ("hf:o/pictures", None)
+
+
 def test_the_question_comes_before_the_first_byte_of_weights(server: FakeHub) -> None:
     asked: list[RemoteModel] = []
 
@@ -170,7 +195,10 @@ def test_there_must_be_room_before_it_begins(server: FakeHub, monkeypatch: pytes
             "hf:o/m-GGUF has no file m-Q4.gguf.\nThe nearest names are m-Q4_K_M.gguf, m-Q8_0.gguf",
         ),
         ("hf:o/nothing", "there is no model o/nothing on Hugging Face, or it is private"),
-        ("hf:o/text", "hf:o/text holds neither GGUF files nor config.json with safetensors files"),
+        (
+            "hf:o/text",
+            "hf:o/text holds no GGUF files, no config.json with safetensors files and no image pipeline",
+        ),
         ("hf:o/m-GGUF@v9", "o/m-GGUF has no revision v9"),
         ("hf:o", "hf:o is no reference to a model on Hugging Face"),
         ("hf:../../etc", "hf:../../etc is no reference to a model on Hugging Face"),
