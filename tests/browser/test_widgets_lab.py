@@ -50,6 +50,7 @@ for thread in threads:
     thread.join(20)
 print("left:", len(comm.get_comm_manager().comms) - before, [t.name for t in threads if t.is_alive()])
 """
+AWAIT = 'r = await session.find("fake").ainfer("And another")\nprint("awaited:", r.finish_reason)'
 VIEWS = "print('views:', len(controller._views))"
 _WORDS = "() => document.querySelector('.jp-Notebook').innerText"
 _RESTART = """async () => {
@@ -61,7 +62,7 @@ _RESTART = """async () => {
 @contextmanager
 def _panel(lab: Lab, name: str, *, app: str = "lab") -> Iterator[Tab]:
     """Open a notebook whose first cell has shown a panel."""
-    lab.write(name, PANEL, BUSY, LEFT, VIEWS, "panel")
+    lab.write(name, PANEL, BUSY, LEFT, VIEWS, "panel", AWAIT)
     with lab.tab(name, app=app, width=1100, height=1700) as tab:
         tab.page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
         tab.run(0)
@@ -125,7 +126,7 @@ def test_a_slider_is_answered_by_the_formula_and_then_exactly(shared: Tab) -> No
         page.get_by_role("button", name="Plan demo", exact=True).press(key)
     page.get_by_label("KV cache type").press("ArrowDown")
     assert page.get_by_label("KV cache type").input_value() == "q8_0"
-    assert page.locator(".jp-CodeCell").count() == 5
+    assert page.locator(".jp-CodeCell").count() == 6
 
 
 def test_the_demo_model_is_loaded_and_unloaded_with_the_keyboard_alone(shared: Tab) -> None:
@@ -153,15 +154,16 @@ def test_a_request_is_stopped_from_the_panel(own: Tab) -> None:
     stop = own.page.get_by_role("button", name="Stop: Tell me a story that never ends")
     stop.press("Enter")
     own.page.get_by_text("No request is running.").wait_for()
+    # A cell that awaits its answer leaves the kernel free: it is stopped too, and ends.
+    own.start(5)
+    own.page.get_by_role("button", name="Stop: And another").press("Enter")
+    own.page.get_by_text("awaited: interrupted", exact=True).wait_for()
 
 
 def test_a_busy_kernel_is_said_and_stop_does_not_pretend(shared: Tab) -> None:
     page = shared.page
     stop = page.get_by_role("button", name="Stop: Tell me a story that never ends")
-    page.evaluate(
-        """() => { const w = window.jupyterapp.shell.currentWidget; w.content.activeCellIndex = 1;
-           window.jupyterapp.commands.execute('notebook:run-cell'); }"""
-    )
+    shared.start(1)
     page.get_by_text("A cell is running. Buttons act when it ends").wait_for()
     assert stop.is_disabled()
     shared.shot(f"panel-{shared.app}-busy")
