@@ -51,6 +51,10 @@ class HistoryWarning(UserWarning):
     """A request could not be recorded; its answer is what it is."""
 
 
+class NoSuchEntry(RequestError, IndexError):  # noqa: N818 - what it says
+    """The history holds no request of that number: it was never there, or it was among the oldest."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One request and its answer.
@@ -150,14 +154,20 @@ class History:
             yield _read(number, text)
 
     def __getitem__(self, number: int) -> Entry:
-        """Return an entry by its number, or counted from the end: -1 is the newest."""
+        """Return an entry by its number, or counted from the end: -1 is the newest.
+
+        Raises
+        ------
+        NoSuchEntry
+            There is none.
+        """
         if number < 0:
             query = "SELECT number, entry FROM requests ORDER BY number DESC LIMIT 1 OFFSET ?"
             found = self._rows(query, -number - 1)
         else:
             found = self._rows("SELECT number, entry FROM requests WHERE number = ?", number)
         if not found:
-            raise IndexError(f"there is no request {number} in the history, which holds {len(self)}.")
+            raise NoSuchEntry(f"there is no request {number} in the history, which holds {len(self)}.")
         return _read(*found[0])
 
     def frame(self) -> pd.DataFrame:
@@ -197,8 +207,8 @@ class History:
 
         Raises
         ------
-        IndexError
-            There is no such entry.
+        NoSuchEntry
+            There is no entry of that number.
         ModelNotFound
             The model is not loaded; the message says how to load it.
         RequestError
@@ -217,7 +227,8 @@ class History:
         frame = self.frame()
         if frame.empty:
             return {"text/plain": repr(self)}
-        shown = frame[["at", "model", "where", "prompt", "text", "finish_reason", "seed", "tokens"]].copy()
+        columns = ["number", "at", "model", "where", "prompt", "text", "finish_reason", "seed", "tokens"]
+        shown = frame.reset_index()[columns].copy()
         shown["at"] = shown["at"].dt.strftime("%Y-%m-%d %H:%M:%S")
         for column in ("prompt", "text"):
             shown[column] = shown[column].str.slice(0, 80)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,8 @@ class LlamaServerEngine(RemoteEngine):
     # -- the loop's side --------------------------------------------------------------------------------
 
     def _client(self) -> OwnClient:
-        if self._made is None:
+        if self._made is None or self._made_in != os.getpid():
+            self._made_in = os.getpid()
             self._made = OwnClient(self._socket)
         assert isinstance(self._made, OwnClient)  # noqa: S101 - made above
         return self._made

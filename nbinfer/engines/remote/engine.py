@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import secrets
 import threading
 import time
@@ -105,8 +106,6 @@ class _Loop:
         self._pid = 0
 
     def get(self) -> asyncio.AbstractEventLoop:
-        import os
-
         with self._lock:
             # A forked child has the object, but not the thread.
             if self._loop is None or self._pid != os.getpid():
@@ -213,6 +212,7 @@ class RemoteEngine:
         self._prompt_tokens = 0
         # Made on the loop's thread, which owns them.
         self._made: Client | None = None
+        self._made_in = 0
         self._batch: asyncio.Semaphore | None = None
 
     # -- callers' side ----------------------------------------------------------------------------------
@@ -402,7 +402,9 @@ class RemoteEngine:
             raise _plain(error, self._name) from None
 
     def _client(self) -> Client:
-        if self._made is None:
+        if self._made is None or self._made_in != os.getpid():
+            # A forked child must not write into its parent's connections.
+            self._made_in = os.getpid()
             endpoint = self._endpoint
             own = self._own and endpoint.socket is not None
             self._made = OwnClient(endpoint.socket or "") if own else OpenAIClient(endpoint)
