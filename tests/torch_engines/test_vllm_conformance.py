@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 from support import sidecar
 from support.conformance import *  # noqa: F403 - the suite
-from support.vllm_engine import SETTINGS
+from support.vllm_engine import SETTINGS, demo_hf, quietly
 
 from nbinfer import session
+from nbinfer.contract.errors import DoesNotFit
+from nbinfer.memory import estimate_vllm
 from nbinfer.sidecar import discovery
 
 if TYPE_CHECKING:
@@ -56,3 +58,20 @@ def kernel(models: dict[str, Model]) -> Model:
 @pytest.fixture(params=["kernel", "sidecar"])
 def model(request: pytest.FixtureRequest, models: dict[str, Model]) -> Model:
     return models[request.param]
+
+
+def test_the_estimate_is_what_vllm_takes(kernel: Model) -> None:
+    made = estimate_vllm("demo-hf", context_size=1024, dtype="float32", device="cpu")
+    assert made.cache_tokens == pytest.approx(kernel.info.effective["kv_tokens"], rel=0.02)
+    # On a CPU vLLM packs its weights out of sight, and reports no size: transformers holds the same ones.
+    with quietly():
+        from transformers import AutoModelForCausalLM
+
+        reference = AutoModelForCausalLM.from_pretrained(demo_hf(), dtype="float32")
+    assert made.weights == pytest.approx(reference.get_memory_footprint(return_buffers=False), rel=0.02)
+
+
+def test_what_does_not_fit_is_refused_before_anything_starts() -> None:
+    with pytest.raises(DoesNotFit, match="kv_cache_bytes=") as caught:
+        session.load("demo-hf", backend="vllm", name="huge", kv_cache_bytes="1000GiB")
+    assert len(str(caught.value).splitlines()) <= 5
