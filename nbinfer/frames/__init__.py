@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nbinfer.frames.accessor import enable_accessor
+    from nbinfer.frames.cluster import release
     from nbinfer.frames.images import generate_images, save_images
     from nbinfer.frames.joining import join
     from nbinfer.frames.journal import cache
@@ -39,6 +40,7 @@ _WHERE = {
     "filter": "judge",
     "rerank": "ranking",
     "join": "joining",
+    "release": "cluster",
     "enable_accessor": "accessor",
     "generate_images": "images",
     "save_images": "images",
@@ -57,6 +59,7 @@ __all__ = [
     "jinja",
     "join",
     "last_run",
+    "release",
     "rerank",
     "save_images",
     "similar",

@@ -14,6 +14,7 @@ import pickle
 import threading
 import time
 import uuid
+import weakref
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -444,7 +445,7 @@ class _Lengths:
 def on_cluster(client: Any, model: Any, mode: Mode) -> OnCluster:
     """Have a cluster's workers load a model, and return it.
 
-    It stays loaded there until the cluster, or its worker, ends; the same model is not loaded again.
+    It stays loaded there until :func:`release`; the same model is not loaded again.
 
     Parameters
     ----------
@@ -464,6 +465,7 @@ def on_cluster(client: Any, model: Any, mode: Mode) -> OnCluster:
     recipe = _recipe(model, mode)
     try:
         client.register_plugin(EnginePlugin(recipe))
+        _registered.setdefault(client, set()).add(recipe.key)
         info, digest = client.submit(about, recipe.key, pure=False).result()
     except Exception as error:
         _forget(client, recipe.key)
@@ -476,6 +478,25 @@ def on_cluster(client: Any, model: Any, mode: Mode) -> OnCluster:
     if info.mode is not mode:
         raise NotSupported(f"{recipe.name} is loaded for {info.mode}, and this call needs {mode}.")
     return OnCluster(client, recipe, info, digest)
+
+
+_registered: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
+
+def release(client: Any) -> int:
+    """Have the workers of a cluster unload the models that calls with ``client=`` made them load.
+
+    They would otherwise keep them, for the next call, as long as they live.
+
+    Returns
+    -------
+    int
+        How many models that were.
+    """
+    keys = _registered.pop(client, set())
+    for key in keys:
+        client.unregister_worker_plugin(key)
+    return len(keys)
 
 
 def _forget(client: Any, key: str) -> None:

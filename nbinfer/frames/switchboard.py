@@ -12,7 +12,7 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nbinfer.contract.errors import EngineError, NbinferError
+from nbinfer.contract.errors import EngineClosed, EngineError, NbinferError
 from nbinfer.engines.stream import Stream
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Switchboard:
                 action()
                 self.assign(quiet=quiet)
             except Exception as error:  # noqa: BLE001 - nobody may be left waiting
-                self.fail(self._open.copy(), _own(error))
+                self.fail(self._open.copy(), _fatal(error))
             with self._lock:
                 if not self._open and self._actions.empty():
                     self._thread = None
@@ -130,7 +130,11 @@ def _nothing() -> None:
     return
 
 
-def _own(error: Exception) -> NbinferError:
-    return (
-        error if isinstance(error, NbinferError) else EngineError(f"{type(error).__name__}: {error!s:.300}")
+def _fatal(error: Exception) -> NbinferError:
+    """Return what ends the run: no row can be blamed for what failed here."""
+    if isinstance(error, NbinferError):
+        return error
+    return EngineClosed(
+        f"the rows cannot be handed on: {type(error).__name__}: {error!s:.300}\n"
+        "Finished rows are kept; running the cell again goes on from them."
     )

@@ -16,7 +16,7 @@ from support import dask_backend
 from support.sidecar import until
 
 import nbinfer as nb
-from nbinfer.contract.errors import ConfigError, ModelNotFound, NotSupported, RequestError
+from nbinfer.contract.errors import ConfigError, EngineClosed, ModelNotFound, NotSupported, RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.frames import classify, complete, embed, last_run, submit
 from nbinfer.frames.cluster import OnCluster
@@ -198,6 +198,27 @@ def test_what_meets_every_row_ends_the_run(client: Any) -> None:
     made.digest = "another file"
     with pytest.raises(ConfigError, match="different files"):
         made.submit(run._plan.work.request(["b"], [None])).result(30)
+
+
+def test_a_cluster_that_lets_the_work_go_ends_the_run_and_keeps_its_rows(client: Any, fake: Any) -> None:
+    run = submit([f"slow {i}" for i in range(200)], model=fake, client=client)
+    until(lambda: run.progress.done >= 8)
+    made = run._plan.model
+    assert isinstance(made, OnCluster)
+    client.cancel([chunk.future for chunk in made._chunks.copy() if chunk.future is not None], force=True)
+    with pytest.raises(EngineClosed, match="Finished rows are kept"):
+        run.wait(60)
+    kept = int(run.frame()["completion"].notna().sum())
+    assert 8 <= kept < 200
+    until(lambda: set(client.run(_busy).values()) == {0})
+
+
+def test_released_workers_hold_no_model_and_the_next_call_loads_it_again(client: Any, fake: Any) -> None:
+    complete(["a"], model=fake, client=client, progress=False)
+    assert nb.release(client) >= 1
+    assert set(client.run(_models).values()) == {0}
+    assert nb.release(client) == 0
+    assert list(complete(["b"], model=fake, client=client, progress=False)["completion"]) == ["b"]
 
 
 def test_a_function_that_names_the_package_travels_to_the_workers(client: Any) -> None:
