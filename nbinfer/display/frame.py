@@ -80,7 +80,7 @@ def _running_model(row: Mapping[str, Any]) -> dict[str, Any]:
         "name": row["name"],
         "mode": row["mode"],
         "runs": f"{row['backend']}, {row['where']}",
-        "context": f"{row['context_used']:,} of {room:,}",
+        "context": f"{row['context_used']:,} of {room:,}" if room else "",
         "requests": f"{row['running']} running, {row['waiting']} waiting" if busy else "idle",
         "tokens": f"{row['tokens']:,}",
         "memory": "" if _nothing(row["memory_bytes"]) else human_bytes(row["memory_bytes"]),

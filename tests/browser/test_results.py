@@ -76,9 +76,13 @@ def test_a_token_says_on_hover_what_else_it_could_have_been(tab: Tab) -> None:
     assert tab.page.get_by_role("row", name="' time'").is_visible()
 
 
-def test_a_picture_has_its_words(tab: Tab) -> None:
+def test_a_picture_has_its_numbers_below(tab: Tab) -> None:
     picture = tab.page.locator(".jp-RenderedImage img")
     assert picture.count() == 1
+    numbers = tab.page.get_by_role("cell", name="1 GiB").first
+    assert not numbers.is_visible()
+    tab.page.get_by_text("Memory of demo by context_size, against what is free.").click()
+    assert numbers.is_visible()
     assert picture.evaluate("image => image.naturalWidth / image.width") == pytest.approx(2, abs=0.02)
 
 

@@ -14,6 +14,10 @@ from support.planner import FakePlanner
 
 import nbinfer as nb
 from nbinfer.contract.errors import EngineError, ModelNotFound
+from nbinfer.contract.modes import Mode
+from nbinfer.contract.requests import ImageRequest
+from nbinfer.display.frame import frame_bundle
+from nbinfer.engines.protocol import EngineLoad
 from nbinfer.session import Model, session
 from nbinfer.widgets import looks
 from nbinfer.widgets.badge import watch
@@ -64,6 +68,11 @@ def _until_true(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def _looked(panel: Controller) -> Controller:
+    panel.look()
+    return panel
 
 
 def _rows(panel: Controller, part: str) -> list[dict[str, Any]]:
@@ -157,6 +166,21 @@ def test_loaded_models_are_shown_with_what_they_do(panel: Controller, model: Mod
     model.unload_at = time.time() + 252.2
     panel.look()
     assert _rows(panel, "loaded")[0]["keep"] in ("unloads in 4 min 12 s", "unloads in 4 min 11 s")
+
+
+def test_an_image_model_is_shown_by_what_it_has_made(panel: Controller) -> None:
+    engine = FakeEngine(context_size=0)
+    engine.load = lambda: EngineLoad(running=1, images_generated=3)  # type: ignore[method-assign]
+    painter = Model(engine=engine, name="painter", backend="diffusers", mode=Mode.IMAGE_GENERATION)
+    session.add(painter)
+    try:
+        (row,) = _rows(_looked(panel), "loaded")
+        said = (row["mode"], row["context"], row["rate"], row["queue"])
+        assert said == ("image-generation", "", "3 images", "1 running, 0 waiting")
+        assert frame_bundle(nb.ps())[0]["text/plain"].split()[-5:] == ["1", "running,", "0", "waiting", "0"]
+    finally:
+        painter.unload()
+    assert looks._what(ImageRequest(prompt="a cat")) == "draw a cat"
 
 
 def test_unload_of_what_is_not_there_is_a_message_not_a_crash(panel: Controller, model: Model) -> None:
