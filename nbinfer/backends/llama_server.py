@@ -337,7 +337,7 @@ def _words(asked: Mapping[str, Any]) -> list[str]:
 def _whole(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{name}={value!r:.40} is refused: it is a whole number.")
-    return value
+    return int(value)
 
 
 # -- the process ----------------------------------------------------------------------------------------
