@@ -90,14 +90,20 @@ class Picture:
             self.figure.savefig(Path(path), dpi=2 * _DPI, transparent=True)
 
     def __repr__(self) -> str:
+        return f"{printable(self.alt)}\n{self._words()}"
+
+    def _words(self) -> str:
         sizes = [c for c in self.frame.columns if str(c).endswith("_bytes")]
         words = self.frame.assign(**{c: self.frame[c].map(human_bytes) for c in sizes})
-        return printable(f"{self.alt}\n{words.round(3).to_string(index=False)}")
+        return printable(words.round(3).to_string(index=False))
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Any:
         del include, exclude
         if self.figure is None:
-            return {"text/plain": repr(self), "text/html": self._table()}, {}
+            return {
+                "text/plain": repr(self),
+                "text/html": self._table(f"{self.alt} As a picture: {INSTALL}"),
+            }, {}
         data = io.BytesIO()
         with _quietly():
             self.figure.savefig(data, format="png", dpi=2 * _DPI, transparent=True)
@@ -105,13 +111,28 @@ class Picture:
         shown = {"width": width, "height": height, "alt": printable(self.alt)}
         return {"text/plain": repr(self), "image/png": data.getvalue()}, {"image/png": shown}
 
-    def _table(self) -> str:
+    def _ipython_display_(self) -> None:
+        """Show the picture, and below it its numbers: no front end hands on the words of a PNG."""
+        from IPython.display import display
+
+        data, metadata = self._repr_mimebundle_()
+        if self.figure is None:
+            display(data, raw=True)  # type: ignore[no-untyped-call]
+            return
+        picture = {**data, "text/plain": printable(self.alt)}
+        display(picture, metadata=metadata, raw=True)  # type: ignore[no-untyped-call]
+        numbers = {"text/plain": self._words(), "text/html": self._table(self.alt, folded=True)}
+        display(numbers, raw=True)  # type: ignore[no-untyped-call]
+
+    def _table(self, words: str, *, folded: bool = False) -> str:
         from nbinfer.display.frame import badges_html
         from nbinfer.display.style import page
         from nbinfer.display.text import escape
 
-        hint = f'<div class="nbinfer-foot">{escape(self.alt)} As a picture: {escape(INSTALL)}</div>'
-        return badges_html(self.frame.to_dict("records")) + page(hint)  # type: ignore[arg-type]
+        table = badges_html(self.frame.round(3).to_dict("records"))  # type: ignore[arg-type]
+        if folded:
+            return page(f"<details><summary>{escape(words)}</summary>{table}</details>")
+        return table + page(f'<div class="nbinfer-foot">{escape(words)}</div>')
 
 
 def plot_sweep(estimate: Estimate, **options: Any) -> Picture:
@@ -210,8 +231,8 @@ def plot_similarity(
     Parameters
     ----------
     data
-        A frame with vectors in the column ``on``, as :func:`nbinfer.embed` made them; a column of vectors; or
-        a matrix of shape (n, d).
+        A frame with vectors in the column ``on``, as :func:`nbinfer.embed` made them, or with texts, which
+        are embedded; such a column alone; or a matrix of shape (n, d).
     label
         A column of short texts to write beside the points. Where they would cover each other, some are left
         out.

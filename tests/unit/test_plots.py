@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from support.frames import embedding_model
 from support.hostile import CORPUS
+from support.notebook import notebook
 
 import nbinfer as nb
 from nbinfer import plots
@@ -261,3 +262,14 @@ def test_drawing_leaves_matplotlib_as_it_was(bench: pd.DataFrame) -> None:
     shown(nb.plot_bench(bench))
     assert dict(mpl.rcParams) == before
     assert plt.get_fignums() == []
+
+
+def test_a_cell_shows_the_picture_and_folds_its_numbers(bench: pd.DataFrame) -> None:
+    with notebook() as opened:
+        opened.set(picture=nb.plot_bench(bench))
+        opened.run("picture")
+        picture, numbers = opened.outputs
+    assert set(picture["data"]) == {"image/png", "text/plain"}
+    assert picture["metadata"]["image/png"]["width"] > 100
+    assert "<summary>Speed of demo" in numbers["data"]["text/html"]
+    assert "402" in numbers["data"]["text/plain"]
