@@ -226,7 +226,7 @@ class Estimate:
         return pd.DataFrame(rows, columns=["device", "part", "bytes", "source"])
 
     def sweep(self, **options: Sequence[Any]) -> pd.DataFrame:
-        """Estimate every combination of some options, by formula.
+        """Estimate every combination of some options, by formula; :func:`nbinfer.plot_sweep` draws them.
 
         ``sweep(context_size=[2048, 8192], kv_type=["f16", "q8_0"])`` gives a row per combination: the
         options, ram, vram (bytes), verdict.
