@@ -68,7 +68,8 @@ def _cell(name: str, value: Any) -> str:
         return f"<td>{badge(str(value))}</td>"
     if str(name).endswith("_bytes"):
         return f"<td>{escape(human_bytes(value))}</td>"
-    return f"<td>{escape(value)}</td>"
+    lines = escape(value).split("\n")
+    return f"<td>{'<br>'.join(lines)}</td>"
 
 
 def _running_model(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +88,27 @@ def _running_model(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_SHORT = {"ps": _running_model}
+def _found_model(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of :func:`nbinfer.models` in the columns that fit a page."""
+    parameters, context = row["parameters"], row["context"]
+    return {
+        "ref": row["ref"],  # what one types; the name is a part of it
+        "source": row["source"],
+        "architecture": row["architecture"],
+        "parameters": "" if _nothing(parameters) else _millions(parameters),
+        "quantisation": row["quantisation"],
+        "size": human_bytes(row["size_bytes"]),
+        "context": "" if _nothing(context) else f"{context:,.0f}",
+        "modes": row["modes"],
+        "verdict": row["problem"] or row["verdict"],
+    }
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"  # noqa: PLR2004 - a billion
+
+
+_SHORT = {"ps": _running_model, "models": _found_model}
 """Frames with more columns than fit a page, by what they show."""
 
 

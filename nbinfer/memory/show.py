@@ -133,7 +133,8 @@ _STYLE = """<style>
  font-family:var(--jp-ui-font-family,inherit);font-size:13px;line-height:1.5}
 .nbinfer-est-more,.nbinfer-est-legend{font-size:12px;opacity:.85}
 .nbinfer-est-more ul{margin:0 0 0 1.2em;padding:0}
-.nbinfer-est-fits,.nbinfer-est-tight,.nbinfer-est-does-not-fit{border-left:5px solid #2f8a4c;padding-left:6px}
+.nbinfer-est-fits,.nbinfer-est-tight,.nbinfer-est-does-not-fit{border:1px solid #2f8a4c;border-left-width:5px;
+ border-radius:3px;padding:0 6px}
 .nbinfer-est-tight{border-color:#b8622b}
 .nbinfer-est-does-not-fit{border-color:#cc4b4b}
 .nbinfer-est-head{margin-top:6px}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from nbinfer.contract.units import human_bytes
 from nbinfer.display.frame import badge, badges_html, frame_bundle
 from nbinfer.display.style import COLOURS, STYLE
 from nbinfer.session import Model, ps, session
+from nbinfer.tables import table
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,36 @@ def test_loaded_models_are_shown_in_columns_that_fit_a_page() -> None:
     assert re.search("fake completion llamacpp, kernel 0 of 512 +idle +0", data["text/plain"])
     del loaded["waiting"]
     assert "load seconds" in frame_bundle(loaded)[0]["text/html"]
+
+
+def test_models_are_shown_in_columns_that_fit_a_page() -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "name": "tiny",
+            "ref": "hf:a/tiny",
+            "source": "huggingface",
+            "architecture": "llama",
+            "parameters": 7_241_732_096,
+            "quantisation": "Q4_K",
+            "size_bytes": 2**32,
+            "disk_bytes": 2**32,
+            "context": 131072,
+            "modes": "completion",
+            "verdict": "tight",
+            "problem": "",
+        },
+        {"name": "b", "ref": "ollama:b", "source": "ollama", "size_bytes": 1, "problem": "a file is missing"},
+    ]
+    data, _ = frame_bundle(table("models", rows, list(rows[0])))
+    cells = re.findall("<td>(.*?)</td>", data["text/html"])
+    words = "hf:a/tiny huggingface llama 7.24 B Q4_K 4 GiB 131,072 completion tight"
+    assert " ".join(cells[:9]) == words
+    assert cells[9:] == ["ollama:b", "ollama", "", "", "", "1 B", "", "", "a file is missing"]
+
+
+def test_lines_of_a_text_stay_lines() -> None:
+    frame = pd.DataFrame({"install": ["pip install x\nor <b>y</b>"]})
+    assert "<td>pip install x<br>or &lt;b&gt;y&lt;/b&gt;</td>" in frame_bundle(frame)[0]["text/html"]
 
 
 def test_an_empty_table_says_so() -> None:
