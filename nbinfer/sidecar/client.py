@@ -177,8 +177,8 @@ def _plain_options(config: ModelConfig, options: Mapping[str, Any]) -> tuple[Mod
     """Return the options as JSON; those that have a place in the configuration go there."""
     plain: dict[str, Any] = {}
     for name, value in options.items():
-        if name == "context_size":
-            config = config.with_fields(context_size=value)
+        if name in ("context_size", "runtime_flags"):
+            config = config.with_fields(**{name: value})
         elif name == "speculative":
             fields = {
                 "draft_model": None if value.draft_path is None else str(value.draft_path),

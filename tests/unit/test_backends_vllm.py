@@ -423,3 +423,20 @@ def test_a_killed_guards_session_can_be_ended_by_its_number(guarded: Any) -> Non
     os.kill(process.pid, signal.SIGKILL)
     guard.end_session(process.pid)
     until(lambda: all_gone([pid for pid in pids if pid != process.pid]), 5)
+
+
+def test_flags_reach_the_sidecar_as_a_part_of_the_configuration(demo: Path) -> None:
+    from nbinfer.sidecar.client import hold_request
+
+    asked = hold_request(
+        demo,
+        name="m",
+        backend="vllm",
+        mode=Mode.COMPLETION,
+        config=ModelConfig(),
+        options={"runtime_flags": ["--seed", "3"], "parallel": 2},
+    )
+    assert asked["config"] == {"runtime-flags": ["--seed", "3"]}
+    assert asked["options"] == {"parallel": 2}
+    with pytest.raises(ConfigError, match="sidecar"):
+        words(demo, runtime_flags=["--seed", "3"])

@@ -189,6 +189,7 @@ def _configured(config: ModelConfig | None) -> dict[str, Any]:
 def _unknown(name: str) -> str:
     advice = {
         "gpu_layers": "vllm keeps all layers on the GPU; use the llamacpp backend, or tensor_parallel.",
+        "runtime_flags": "flags are for a server's command line: use where='sidecar', or options by name.",
         "projector": "a vision model of safetensors has its image encoder in its own files.",
     }.get(name)
     if advice is None:
