@@ -279,7 +279,7 @@ class TextStream:
                 for event in self._stream:
                     yield self._note(event)
             except BaseException as error:
-                self._record(self.partial(), error)
+                self._record(None, error)
                 raise
             finally:
                 if not self._stream.done:
@@ -296,7 +296,7 @@ class TextStream:
             async for event in self._stream:
                 yield self._note(event)
         except BaseException as error:
-            self._record(self.partial(), error)
+            self._record(None, error)
             raise
         finally:
             if not self._stream.done:
@@ -321,11 +321,12 @@ class TextStream:
         self._record(result)
         return self._prepared.read(result)
 
-    def _record(self, result: Result, error: BaseException | None = None) -> None:
-        """Write the request down, once, when the notebook asked for that."""
+    def _record(self, result: Result | None, error: BaseException | None = None) -> None:
+        """Write the request down, once, when the notebook asked for that; None is what there is so far."""
         if session.history is not None and not self._recorded:
             self._recorded = True
-            session.history.add(_entry(self._model, self._prepared.request, result, error))
+            found = self.partial() if result is None else result
+            session.history.add(_entry(self._model, self._prepared.request, found, error))
 
     def cancel(self) -> None:
         """Stop generating; the result is then ``interrupted``."""
