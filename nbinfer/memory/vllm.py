@@ -36,6 +36,7 @@ _STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _CACHE_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "float16": 2, "bfloat16": 2}
 CPU_BLOCK = 32
 """Tokens of one block of the KV cache on a CPU, as nbinfer sets it; on GPUs it is 16."""
+_GPU_BLOCK = 16
 CPU_PROCESSES = (600 << 20, 1400 << 20)
 """Bytes of vLLM's own code and libraries on a CPU: in the kernel, and behind its server."""
 _CPU_CACHE = (64 << 20, 4 << 30)
@@ -76,7 +77,7 @@ class VllmEstimate:
     cache_per_token
         Of all layers, on each GPU.
     cache_tokens
-        Tokens of cache that the budget leaves, with the middle of the overhead.
+        Tokens of cache that the budget leaves, with the middle of the overhead; as vLLM counts them.
     longest_context
         The longest context that fits, no more than the trained one.
     least
@@ -335,7 +336,7 @@ def estimate_vllm(
     total, free = _smallest_gpu(gpus, tensor_parallel)
     budget = int(gpu_memory_utilization * total)
     room = budget - weights - sum(_OVERHEAD) // 2
-    tokens = max(0, room // per_token) if per_token else trained
+    tokens = _tokens(max(0, room), per_token, _GPU_BLOCK, wanted) if per_token else trained
     least = weights + _OVERHEAD[0] + per_token * wanted
     most_room = budget - weights - _OVERHEAD[0]
     longest = min(trained, max(0, most_room // per_token)) if per_token else trained
@@ -406,7 +407,7 @@ def _on_cpu(
         weights=weights,
         overhead=CPU_PROCESSES,
         cache_per_token=per_token,
-        cache_tokens=cache // block * CPU_BLOCK if block else trained,
+        cache_tokens=_tokens(cache, per_token, CPU_BLOCK, wanted) if block else trained,
         longest_context=min(trained, fitting),
         max_model_len=wanted,
         least=parts + one,
@@ -417,6 +418,12 @@ def _on_cpu(
         header=header,
         options=options,
     )
+
+
+def _tokens(cache: int, per_token: int, block: int, context: int) -> int:
+    """Return the size of a cache in tokens, as vLLM counts them: of whole contexts, each in whole blocks."""
+    blocks = cache // (per_token * block)
+    return blocks * context // -(-context // block)
 
 
 def cpu_cache(one: int, free: int) -> int:
