@@ -409,11 +409,13 @@ def _place(given: Mapping[str, Any], mode: Mode) -> Place:
 
 def _served(given: Mapping[str, Any], mode: Mode) -> tuple[Model, Any, int]:
     """Return a server's model, a check that the server is there, and how many requests it takes at once."""
+    from nbinfer import backends
     from nbinfer.backends.openai import context_of, endpoint_of
     from nbinfer.engines.protocol import EngineInfo
     from nbinfer.engines.remote.engine import RemoteEngine, list_models
     from nbinfer.session import Model
 
+    backends.get("openai").install()
     address = {name: given.get(name) for name in ("base_url", "api_key", "socket")}
     endpoint = endpoint_of("", **address)
     check = partial(list_models, endpoint, timeout=_LIST_SECONDS)
