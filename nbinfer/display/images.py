@@ -71,10 +71,13 @@ class Gallery:
     Made by :func:`gallery`.
     """
 
-    def __init__(self, pictures: list[tuple[bytes, str]], *, side: int, foot: str = "") -> None:
+    def __init__(
+        self, pictures: list[tuple[bytes, str]], *, side: int, foot: str = "", captioned: bool = False
+    ) -> None:
         self._pictures = pictures
         self._side = side
         self._foot = foot
+        self._captioned = captioned
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -89,7 +92,8 @@ class Gallery:
         for png, words in self._pictures[:_MOST]:
             caption = f'<div class="nbinfer-foot">{escape(words)}</div>' if words else ""
             picture = _img(png, self._side, words or "generated image")
-            cells.append(f"<details><summary>{picture}</summary>{caption}</details>")
+            always, opened = (caption, "") if self._captioned else ("", caption)
+            cells.append(f"<details><summary>{picture}{always}</summary>{opened}</details>")
         more = len(self._pictures) - _MOST
         foot = [f"… {more} more"] if more > 0 else []
         foot += [self._foot] if self._foot else []
@@ -100,7 +104,7 @@ class Gallery:
 def gallery(
     source: Any, *, column: str | None = None, captions: Iterable[Any] | str | None = None, side: int = SHOWN
 ) -> Gallery:
-    """Show images side by side; a click, or Enter, makes one large and shows its words.
+    """Show images side by side; a click, or Enter, makes one large.
 
     Parameters
     ----------
@@ -109,8 +113,8 @@ def gallery(
     column
         Of a frame: the column of images; None: the only one that holds images.
     captions
-        Words for each image, or the name of the frame's column that holds them; None: what the image itself
-        says of its prompt and seed.
+        Words below each image, or the name of the frame's column that holds them; None: what the image itself
+        says of its prompt and seed, where it is made large.
     side
         Pixels of the longer side, at most.
 
@@ -129,7 +133,7 @@ def gallery(
         if image is not None:
             png = png_of(image)
             pictures.append((png, _words(png) if own is None else str(own)))
-    return Gallery(pictures, side=side)
+    return Gallery(pictures, side=side, captioned=captions is not None)
 
 
 def _words(png: bytes) -> str:
