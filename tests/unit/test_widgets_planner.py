@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.resources import files
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 
 import nbinfer as nb
 from nbinfer.contract.errors import ModelNotFound
-from nbinfer.memory import estimate
+from nbinfer.memory import estimate, show
 from nbinfer.memory.machine import Gpu, Machine, Ram
 from nbinfer.widgets.planner import MemoryPlanner, context_stops, machine_part, whole_settings
 
@@ -220,6 +221,12 @@ def test_the_small_widgets_show_themselves_in_words() -> None:
             assert words in repr(widget)
         finally:
             widget.close()
+
+
+def test_a_part_of_the_memory_has_one_colour_in_estimates_and_widgets() -> None:
+    css = (files("nbinfer.widgets") / "static" / "widgets.css").read_text(encoding="utf-8")
+    drawn = dict(re.findall(r'\[data-part="(\w+)"\] \{ background: (#\w+)', css))
+    assert {part: drawn[part] for part in show.COLOURS} == show.COLOURS
 
 
 def test_importing_the_package_imports_no_widget() -> None:
