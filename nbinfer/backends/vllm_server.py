@@ -365,8 +365,8 @@ def _for_server(engine: Mapping[str, Any], mode: Mode, device: Device, *, exact:
 
 def _private_folder() -> Path:
     """Make a folder for one server: vLLM leaves sockets and files wherever it runs."""
-    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    if len(os.fsencode(base)) + len("/nbv-12345678") > _LONGEST_FOLDER or not os.access(base, os.W_OK):
+    base = tempfile.gettempdir()
+    if len(os.fsencode(base)) + len("/nbv-12345678") > _LONGEST_FOLDER:
         base = "/tmp"  # noqa: S108 - mkdtemp makes it this user's alone
     return Path(tempfile.mkdtemp(prefix="nbv-", dir=base))
 

@@ -55,7 +55,7 @@ def folder() -> Iterator[Path]:
     made = support.make_folder()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, str(made))
-        patch.setenv("XDG_RUNTIME_DIR", str(made))
+        patch.setenv("TMPDIR", str(made))
         yield made
         for model in session.loaded():
             if model.where == "sidecar":

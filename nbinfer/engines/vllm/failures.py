@@ -210,7 +210,7 @@ _SIGNS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Failure]], ...] =
         ),
         (
             r"(?:AF_UNIX path too long)",
-            _plain("the path of its socket is too long", "set XDG_RUNTIME_DIR or TMPDIR to a shorter folder"),
+            _plain("the path of its socket is too long", "set TMPDIR to a shorter folder"),
         ),
         (r"Address already in use", _plain("its address is taken", "stop the program that uses it")),
         (

@@ -96,7 +96,6 @@ class CompletionEngine:
         self._rows: deque[Job] = deque()
         self._cells: deque[Job] = deque()
         self._running: dict[str, Job] = {}
-        self._internal: dict[str, str] = {}
         self._numbers = itertools.count()
         self._cancelled: set[Stream] = set()
         self._unfinished: set[Job] = set()

@@ -98,9 +98,8 @@ class PooledEngine:
         if not tasks & needed:
             offered = ", ".join(sorted(tasks))
             raise NotSupported(f"{self._name} cannot do {self._mode}: vLLM offers {offered}.")
-        self._pairs = "classify" in tasks
         labels = getattr(config.model_config.hf_config, "num_labels", 1)
-        if self._mode is Mode.RERANKING and self._pairs and labels != 1:
+        if self._mode is Mode.RERANKING and "classify" in tasks and labels != 1:
             raise NotSupported(f"{self._name} cannot rank: it sorts texts into {labels} classes.")
         self._vocabulary = Vocabulary(
             llm.llm_engine.get_tokenizer(), name=self._name, size=config.model_config.get_vocab_size()

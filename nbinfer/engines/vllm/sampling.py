@@ -86,7 +86,7 @@ def scoring_params(tokens: Sequence[int]) -> Any:
 def _structured(constraint: Constraint) -> dict[str, Any]:
     kind, value = constraint.kind, constraint.value
     if kind in ("json_schema", "json"):
-        schema = {"type": "object"} if value is None else dict(value)
+        schema: dict[str, Any] = {"type": "object"} if value is None else dict(value)
         # llguidance reads its options in the schema itself, where there may be some.
         return {"json": {**schema, "x-guidance": {**JSON_STYLE, **schema.get("x-guidance", {})}}}
     if kind == "regex":

@@ -189,6 +189,11 @@ class _Folder:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         except Exception as e:
             raise ModelLoadError(f"{path.name}: its tokenizer cannot be read: {e!s:.200}") from e
+        if getattr(self.tokenizer, "backend_tokenizer", None) is None:
+            raise NotSupported(
+                f"{path.name} has no tokenizer.json, which nbinfer needs to write its prompts.\n"
+                "Use a GGUF file of the model, or run `vllm serve` yourself and use backend='openai'."
+            )
         self.size = header.n_vocab
         self.trained = header.context_length
         ends = _json(path / "generation_config.json").get("eos_token_id", header.get("eos_token_id"))
