@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from nbinfer import session
 from nbinfer.contract.errors import GGUFParseError, NbinferError, NotSupported
@@ -16,13 +16,25 @@ from nbinfer.widgets import words
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from nbinfer.memory import DeviceEstimate, Estimate, Machine
+    from nbinfer.memory import Estimate, Machine
+    from nbinfer.memory.images import ImageEstimate
+    from nbinfer.memory.vllm import VllmEstimate
     from nbinfer.models.stores import FoundModel
     from nbinfer.widgets.state import Row
 
+    AnyEstimate: TypeAlias = Estimate | VllmEstimate | ImageEstimate
+
 KV_TYPES = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 """What the panel offers, from exact to small."""
-_USUAL: Row = {"context_size": None, "kv_type": "f16", "gpu_layers": -1, "parallel": None}
+VLLM_ONLY = ("gpu_memory_utilization", "kv_cache_bytes")
+"""Settings that only a piece of advice for vLLM sets."""
+_USUAL: Row = {
+    "context_size": None,
+    "kv_type": "f16",
+    "gpu_layers": -1,
+    "parallel": None,
+    **dict.fromkeys(VLLM_ONLY),
+}
 LONGEST_UNKNOWN = 32768
 MOST_AT_ONCE = 16
 _STEPS_PER_DOUBLING = 4
@@ -236,73 +248,70 @@ def _limits(base: Estimate) -> Row:
 
 
 def _plan(base: Estimate, estimate: Estimate, whole: Row) -> Row:
-    sums: dict[str, int] = {}
-    labels: dict[str, str] = {}
-    for device in estimate.devices:
-        for part, label, size in _parts(device):
-            sums[part] = sums.get(part, 0) + size
-            labels[part] = label
     source = "exact: llama.cpp's own plan" if estimate.exact else "by formula"
     return {
         "name": base.model,
         "settings": whole,
         "limits": _limits(base),
-        "bars": _bars(estimate),
-        "segments": [segment(part, labels[part], size) for part, size in sums.items()],
-        "verdict": {
-            "word": estimate.verdict,
-            "kind": VERDICT_KINDS[estimate.verdict],
-            "text": _sentence(estimate),
-        },
+        **picture(estimate),
         "advice": [],
         "source": f"{source}. {words.short(estimate.note)}" if estimate.note else source,
     }
 
 
-def _sentence(estimate: Estimate) -> str:
-    """Return the verdict's reason, without the word that stands before it."""
-    head = f"{estimate.verdict}: "
-    if estimate.reason.startswith(head):
-        return estimate.reason.removeprefix(head)
-    needs = [
+def picture(estimate: AnyEstimate) -> Row:
+    """Return ``bars`` of the devices, ``segments`` summed over them for a legend, and the ``verdict``."""
+    bars = _bars(estimate)
+    sums: dict[str, Row] = {}
+    for device in estimate.devices:
+        for part, label, size in _parts(device):
+            known = sums.get(part, {"bytes": 0})
+            sums[part] = _segment(part, label, known["bytes"] + size)
+    text = estimate.reason.removeprefix(estimate.verdict).removeprefix(": ")
+    verdict = {
+        "word": estimate.verdict,
+        "kind": VERDICT_KINDS[estimate.verdict],
+        "text": text or _needs(estimate),
+    }
+    return {"bars": bars, "segments": list(sums.values()), "verdict": verdict}
+
+
+def _needs(estimate: AnyEstimate) -> str:
+    return "; ".join(
         f"{human_bytes(device.required)} of {human_bytes(device.available)} free on {device.name}"
         for device in estimate.devices
-        if device.known
-    ]
-    return "; ".join(needs)
+        if _holds(device)
+    )
 
 
-def _bars(estimate: Estimate) -> list[Row]:
-    return [_bar(f"d{i}", device) for i, device in enumerate(estimate.devices) if device.known or i == 0]
+def _bars(estimate: AnyEstimate) -> list[Row]:
+    return [_bar(f"d{i}", device) for i, device in enumerate(estimate.devices) if _holds(device) or i == 0]
 
 
-def _bar(key: str, device: DeviceEstimate) -> Row:
+def _holds(device: Any) -> bool:
+    """Whether some of the model is on a device; what llama.cpp's libraries take there does not count."""
+    return bool(getattr(device, "known", device.required))
+
+
+def _bar(key: str, device: Any) -> Row:
     """Return one device: what is taken by others, what the model adds, and what there is."""
-    text = f"needs {human_bytes(device.required)}, free {human_bytes(device.available)}"
-    return plan_bar(key, device.name, device.total, text, _parts(device))
-
-
-def _parts(device: DeviceEstimate) -> list[tuple[str, str, int]]:
-    return [("taken", "in use now", max(0, device.total - device.available)), *parts(device)]
-
-
-def plan_bar(key: str, name: str, total: int, text: str, parts: list[tuple[str, str, int]]) -> Row:
-    """Return a device's bar; ``parts`` are (part, label, bytes)."""
-    segments = [segment(*part) for part in parts]
-    used = sum(each["bytes"] for each in segments)
+    segments = [_segment(*part) for part in _parts(device)]
     return {
         "key": key,
-        "name": name,
-        "used": used,
-        "total": total,
-        "text": text,
+        "name": device.name,
+        "used": sum(each["bytes"] for each in segments),
+        "total": device.total,
+        "text": f"needs {human_bytes(device.required)}, free {human_bytes(device.available)}",
         "kind": "",
         "segments": segments,
     }
 
 
-def segment(part: str, label: str, size: int) -> Row:
-    """Return one part of a bar."""
+def _parts(device: Any) -> list[tuple[str, str, int]]:
+    return [("taken", "in use now", max(0, device.total - device.available)), *parts(device)]
+
+
+def _segment(part: str, label: str, size: int) -> Row:
     return {"key": part, "kind": part, "bytes": size, "text": f"{label} {human_bytes(size)}"}
 
 
