@@ -315,16 +315,20 @@ def estimate_images(
     spare = {"available": machine.ram.available, "total": machine.ram.total}
     devices: tuple[ImageDevice, ...]
     if on_gpu:
-        gpu = machine.gpus[0]
+        chosen = min(int((device or "").partition(":")[2] or 0), len(machine.gpus) - 1)
+        overhead = (_GPU_CONTEXT[0] + scratch[0], _GPU_CONTEXT[1] + scratch[1])
         devices = (
             ImageDevice(name="RAM", kind="ram", overhead=_LIBRARIES, **spare),
-            ImageDevice(
-                name=gpu.name if gpu.name.startswith("GPU") else f"GPU {gpu.index} ({gpu.name})",
-                kind="gpu",
-                overhead=(_GPU_CONTEXT[0] + scratch[0], _GPU_CONTEXT[1] + scratch[1]),
-                available=gpu.free,
-                total=gpu.total,
-                **held,
+            # Those before it are there, and hold nothing: bytes are told by place.
+            *(
+                ImageDevice(
+                    name=gpu.name if gpu.name.startswith("GPU") else f"GPU {gpu.index} ({gpu.name})",
+                    kind="gpu",
+                    available=gpu.free,
+                    total=gpu.total,
+                    **({**held, "overhead": overhead} if i == chosen else {}),
+                )
+                for i, gpu in enumerate(machine.gpus[: chosen + 1])
             ),
         )
     else:

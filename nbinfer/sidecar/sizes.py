@@ -50,7 +50,7 @@ def runner_size(path: Path, mode: Mode, config: ModelConfig, options: Mapping[st
     The estimate of the model, by formulas, with the pages of its file and the process itself; for a file that
     allows none, a bound from its size.
     """
-    from nbinfer.memory import estimate
+    from nbinfer.memory import estimate, estimate_images
     from nbinfer.memory.defaults import ESTIMATED
     from nbinfer.models import resolve
 
@@ -64,8 +64,10 @@ def runner_size(path: Path, mode: Mode, config: ModelConfig, options: Mapping[st
         found = resolve(path)
         if found.format == "safetensors":
             return _under_vllm(found.header, {**options, **given})
-        if found.format != "gguf":
-            return bound(path, options, gpus=len(_free_vram()))
+        if found.format == "diffusers":
+            asked = {name: options[name] for name in ("batch", "dtype", "device") if name in options}
+            # The libraries that the process itself is made of are in it.
+            return estimate_images(found.path, **asked).required
         made = estimate(path, mode=mode, exact=False, **given)
     except NbinferError:
         return bound(path, options, gpus=len(_free_vram()))

@@ -202,6 +202,25 @@ def test_what_does_not_fit_comes_with_what_would(tmp_path: Path) -> None:
     assert "does not fit" in repr(made)
 
 
+def test_a_runner_is_given_room_for_its_pictures_too(tmp_path: Path) -> None:
+    from nbinfer.contract.config import ModelConfig
+    from nbinfer.sidecar.sizes import runner_size
+
+    folder = write_pipeline(tmp_path / "sd", **SD15)
+    options = {"device": "cpu", "batch": 2}
+    size = runner_size(folder, Mode.IMAGE_GENERATION, ModelConfig(), options)
+    assert size == estimate_images(folder, device="cpu", batch=2).required
+    assert size.ram > 1.5 * 2**30
+
+
+def test_the_second_gpu_is_planned_by_its_place(tmp_path: Path) -> None:
+    folder = write_pipeline(tmp_path / "tiny")
+    made = estimate_images(folder, gpus=["4GiB", "8GiB"], device="cuda:1")
+    assert [gpu.denoiser for gpu in made.gpus] == [0, 2000]
+    assert made.required.vram[0] == 0
+    assert made.verdict == "fits"
+
+
 def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
     folder = write_pipeline(tmp_path / "tiny")
     for options in ({"batch": 0}, {"dtype": "int8"}):

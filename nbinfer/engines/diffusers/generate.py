@@ -109,8 +109,13 @@ class ImageEngine:
                 f"{self._name} is loaded for {self.info.mode}: load a model in the mode you need."
             )
         job = _Job(request, Stream(), self._settings(request))
+        if self._forked:
+            raise EngineClosed(
+                f"{self._name} was loaded before this process was forked: load it anew here, or use "
+                'where="sidecar".'
+            )
         with self._lock:
-            if self._closing or self._forked:
+            if self._closing:
                 raise EngineClosed(f"{self._name} was unloaded; load it again with nb.load.")
             self._order += 1
             self._jobs.put((0 if request.priority == "interactive" else 1, self._order, job))
@@ -147,7 +152,7 @@ class ImageEngine:
     def measured(self) -> dict[str, dict[str, int]]:
         """Return the bytes of the weights that are held, by device and component."""
         held: dict[str, dict[str, int]] = {}
-        for name, part in dict(self._loaded.pipeline.components).items():
+        for name, part in {} if self._closing else dict(self._loaded.pipeline.components).items():
             tensors = [*part.parameters(), *part.buffers()] if hasattr(part, "parameters") else []
             for tensor in tensors:
                 parts = held.setdefault("RAM" if tensor.device.type == "cpu" else str(tensor.device), {})

@@ -130,7 +130,8 @@ def _check_class(header: PipelineHeader) -> None:
         for name, option in options.items()
         if option.default is option.empty and name not in ("self", "prompt", "args", "kwargs")
     ]
-    if "prompt" not in options or "callback_on_step_end" not in options or needed or "image" in options:
+    wanted = {"prompt", "num_inference_steps", "callback_on_step_end", "width", "height", "generator"}
+    if needed or "image" in options or not wanted <= set(options):
         raise NotSupported(f"{header.architecture} does not make images from text alone.")
     for part in header.components.values():
         if part.library not in ("diffusers", "transformers") and not hasattr(

@@ -521,7 +521,7 @@ class RemoteEngine:
                 if event is not None:
                     job.stream.put(event)
                 elif chunk.get("type") == images.FINISHED:
-                    job.details = chunk["nbinfer"]
+                    job.details = images.details_from_json(chunk["nbinfer"])
         if job.details is None:
             raise ConnectionLostError("the answer ended in the middle")
         return ImageResult(images=tuple(job.images), prompt=request.prompt, model=self._name, **job.details)

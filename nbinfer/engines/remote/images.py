@@ -83,6 +83,11 @@ def image_from_json(value: Mapping[str, Any], seed: int = 0) -> GeneratedImage:
     return GeneratedImage(png, seed, image.width, image.height)
 
 
+def details_from_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what our own server says of the whole answer; what a newer one adds is left out."""
+    return {key: value[key] for key in ("finish_reason", "params", "seconds")}
+
+
 def event_from_json(chunk: Mapping[str, Any]) -> ImageProgress | ImageDone | None:
     """Read an event of our own stream; None for one that is not about steps or images."""
     kind, rest = chunk.get("type"), chunk.get("nbinfer") or {}
