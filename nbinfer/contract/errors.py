@@ -134,7 +134,8 @@ class ModelLoadError(NbinferError, RuntimeError):
     """The engine could not load the model; the message holds the likely cause and the fix."""
 
 
-class DoesNotFit(NbinferError, MemoryError):  # noqa: N818 - the verdict's own words
+# The built-in one first: Python makes a MemoryError in its own way, which unpickling by ``__new__`` must meet.
+class DoesNotFit(MemoryError, NbinferError):  # noqa: N818 - the verdict's own words
     """The model needs more memory than there is; the message names the nearest setting that fits."""
 
 

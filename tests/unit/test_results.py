@@ -187,6 +187,8 @@ def test_every_error_is_ours_and_also_the_one_a_python_programmer_expects(kind: 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_errors_keep_their_message_across_processes(kind: type[NbinferError]) -> None:
     error = kind("what went wrong")
+    # As the errors of Dask's workers are unpickled, before their attributes are put in.
+    assert type(kind.__new__(kind, *error.args)) is kind
     for other in (pickle.loads(pickle.dumps(error)), copy.copy(error)):  # noqa: S301 - our own bytes
         assert type(other) is kind
         assert str(other) == str(error)
