@@ -134,7 +134,7 @@ class ModelLoadError(NbinferError, RuntimeError):
     """The engine could not load the model; the message holds the likely cause and the fix."""
 
 
-# The built-in one first: Python makes a MemoryError in its own way, which unpickling by ``__new__`` must meet.
+# The built-in one first: Python makes a MemoryError in its own way, which unpickling by ``__new__`` meets.
 class DoesNotFit(MemoryError, NbinferError):  # noqa: N818 - the verdict's own words
     """The model needs more memory than there is; the message names the nearest setting that fits."""
 
