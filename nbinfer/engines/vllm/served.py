@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 256
 """Sequences sent at once where nothing else was asked: what vLLM itself runs on most GPUs."""
+_PROBE = "  Hello, wörld!\n\tif x == 10_000: 世界 🙂 <s>"
 _TOKEN = "token_id:"  # noqa: S105 - how vLLM writes a token that is asked for by its number
 
 
@@ -183,12 +184,11 @@ class _Folder:
     """What the files of a model say: its tokenizer, and what ends an answer."""
 
     def __init__(self, path: Path, header: SafetensorsHeader) -> None:
-        from transformers import AutoTokenizer
+        # Not AutoTokenizer: that imports torch, which takes seconds and 300 MB; see `agree`.
+        from transformers import PreTrainedTokenizerFast
 
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-        except Exception as e:
-            raise ModelLoadError(f"{path.name}: its tokenizer cannot be read: {e!s:.200}") from e
+        self._path = path
+        self.tokenizer = self._read(PreTrainedTokenizerFast)
         if getattr(self.tokenizer, "backend_tokenizer", None) is None:
             raise NotSupported(
                 f"{path.name} has no tokenizer.json, which nbinfer needs to write its prompts.\n"
@@ -198,6 +198,28 @@ class _Folder:
         self.trained = header.context_length
         ends = _json(path / "generation_config.json").get("eos_token_id", header.get("eos_token_id"))
         self.ends = [ends] if isinstance(ends, int) else [e for e in ends or () if isinstance(e, int)]
+
+    def _read(self, kind: Any) -> Any:
+        try:
+            return kind.from_pretrained(str(self._path), trust_remote_code=False)
+        except Exception as e:
+            raise ModelLoadError(f"{self._path.name}: its tokenizer cannot be read: {e!s:.200}") from e
+
+    def agree(self, counted: Callable[[str], list[int]]) -> None:
+        """Read texts as the server does: a few models have a tokenizer of a class of its own.
+
+        ``counted`` returns the server's tokens of a text.
+        """
+        if self.tokenizer.encode(_PROBE) != counted(_PROBE):
+            from transformers import AutoTokenizer
+
+            self.tokenizer = self._read(AutoTokenizer)
+
+
+def _tokens(host: Any, client: OwnClient, text: str) -> list[int]:
+    """Return the server's tokens of a text."""
+    found = host.call(client.post("/tokenize", {"prompt": text, "add_special_tokens": True}))
+    return [int(token) for token in found["tokens"]]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -281,6 +303,7 @@ class ServedCompletions(CompletionEngine):
     def _prepare_served(self) -> None:
         """Generate one token: some models fail only then, and the server calls itself healthy before."""
         given, folder, name = self._given, self._folder, self._name
+        folder.agree(lambda text: _tokens(self._host, self._client, text))
         self._vocabulary = Vocabulary(
             folder.tokenizer, name=name, size=folder.size, ends=folder.ends, chat_template=given.chat_template
         )
@@ -531,6 +554,7 @@ class ServedPooling(PooledEngine):
     def _prepare_served(self) -> None:
         """Run it once: some models fail only then, and the server calls itself healthy before."""
         folder, given = self._folder, self._given
+        folder.agree(lambda text: _tokens(self._host, self._client, text))
         self._vocabulary = Vocabulary(folder.tokenizer, name=self._name, size=folder.size)
         found = self._vectors([[0]]) if self._mode is Mode.EMBEDDING else self._scores("a", ["b"])
         self.info = _info(
