@@ -6,7 +6,7 @@ read, the steps are done, the picture is decoded), so that the largest of them c
 The sizes of the stages follow diffusers' own layers: of a UNet, the tensors kept for its way up and the
 widest place, a feed-forward of eight times the channels; of a transformer, the widest place of a block; of a
 VAE, three copies of what enters its last block at full size. They agree within 4 % with what torch allocates
-for Stable Diffusion 1.5 and XL, Flux and the VAE that these share, and are up to 11 % too much for Stable
+for Stable Diffusion 1.5 and XL, Flux and the VAE that these share, and are up to 12 % too much for Stable
 Diffusion 3, as ``benchmarks/image_memory.py`` counts it.
 """
 
