@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import threading
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -427,7 +428,7 @@ def test_closing_fails_what_runs_frees_the_memory_and_leaves_the_process_as_it_w
             again.submit(request("x"))
         held.append(psutil.Process().memory_info().rss)
     assert held[-1] - held[0] < 24 << 20
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("nbinfer")]
+    assert not [thread for thread in threading.enumerate() if thread.name == "nbinfer-demo-hf"]
     assert dict(os.environ) == environment
     assert random.getstate() == seeds
     assert numpys() == drawn
@@ -448,6 +449,31 @@ def test_an_exact_engine_keeps_nothing_and_runs_one_at_a_time() -> None:
         texts = {stream.result(60).text for stream in first}
         assert len(texts) == 1
         assert {stream.result(1).usage.cached_tokens for stream in first} == {0}
+    finally:
+        engine.close()
+
+
+def test_it_loads_in_a_kernel_that_has_imported_numba() -> None:
+    numba = import_module("numba")
+    assert numba.njit(lambda x: x + 1)(1) == 2
+    engine = open_demo_hf()
+    try:
+        assert answer(engine, "What is 2 plus 3?").text == "2 plus 3 is 5."
+    finally:
+        engine.close()
+    assert numba.njit(lambda x: x + 2)(1) == 3
+
+
+def test_guessing_ahead_leaves_the_text_as_it_is() -> None:
+    from nbinfer.engines.llamacpp import Speculative
+
+    engine = open_demo_hf(speculative=Speculative(num_tokens=3))
+    try:
+        counted = answer(engine, "Count from 1 to 9.", logprobs=0)
+        assert counted.text == "1, 2, 3, 4, 5, 6, 7, 8, 9."
+        assert counted.logprobs is not None
+        assert "".join(entry.token for entry in counted.logprobs) == counted.text
+        assert answer(engine, "Count from 1 to 9.", stop=(" 5",)).text == "1, 2, 3, 4,"
     finally:
         engine.close()
 

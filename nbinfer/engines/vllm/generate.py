@@ -92,6 +92,7 @@ class CompletionEngine:
         elif "max_num_seqs" in settings:
             settings["max_num_seqs"] += 1  # the seat of a cell
         self._exact = exact
+        self._mixes = device != "cpu" or not given.adapters
         self._inbox: deque[Job] = deque()
         self._rows: deque[Job] = deque()
         self._cells: deque[Job] = deque()
@@ -395,11 +396,19 @@ class CompletionEngine:
 
     def _admit(self) -> None:
         """Give seats to those that wait: cells first, which have one seat of their own."""
-        seats = self._seats + (not self._exact)
-        while self._cells and len(self._running) < seats:
-            self._add(self._cells.popleft())
-        while self._rows and len(self._running) < self._seats:
-            self._add(self._rows.popleft())
+        for queue, seats in ((self._cells, self._seats + (not self._exact)), (self._rows, self._seats)):
+            while queue and len(self._running) < seats and self._goes_with_the_others(queue[0]):
+                self._add(queue.popleft())
+            if queue:
+                return
+
+    def _goes_with_the_others(self, job: Job) -> bool:
+        """Whether a job may run beside those that do.
+
+        On a CPU, vLLM computes what has no adapter under the last one when both are in a batch.
+        """
+        other = next(iter(self._running.values()), None)
+        return self._mixes or other is None or (other.adapter is None) == (job.adapter is None)
 
     def _add(self, job: Job) -> None:
         key = str(next(self._numbers))

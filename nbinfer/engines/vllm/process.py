@@ -15,8 +15,8 @@ import random
 import sys
 import threading
 import warnings
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nbinfer.contract.errors import NotSupported
 
@@ -64,6 +64,7 @@ def undisturbed(variables: Mapping[str, str]) -> Iterator[None]:
             on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
+            _show_llvm_as_empty()
             try:
                 yield
             finally:
@@ -81,6 +82,17 @@ def undisturbed(variables: Mapping[str, str]) -> Iterator[None]:
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)
+
+
+def _show_llvm_as_empty() -> None:
+    """Keep vLLM from stumbling over numba, where that was imported before.
+
+    vLLM for CPUs looks through every module's values and their ``__dict__``; llvmlite's library, which
+    answers to any name, has a function of that one.
+    """
+    library: Any = getattr(sys.modules.get("llvmlite.binding.ffi"), "lib", None)
+    with suppress(AttributeError, TypeError):
+        library._fntab["__dict__"] = {}  # noqa: SLF001 - there is no other way
 
 
 class Holder(Protocol):
