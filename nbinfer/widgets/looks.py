@@ -111,6 +111,8 @@ def _held(device: Any) -> int:
     """Return what was estimated of that which an engine counts: it does not count the process around it."""
     if hasattr(device, "activations"):  # of an image pipeline it counts the weights
         return int(device.known - device.activations)
+    if not hasattr(device, "known"):  # vLLM's own overhead is a range
+        return int(device.weights + device.cache)
     return int(device.known - device.output + device.file_backed)
 
 

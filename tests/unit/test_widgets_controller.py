@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -181,6 +182,20 @@ def test_an_image_model_is_shown_by_what_it_has_made(panel: Controller) -> None:
     finally:
         painter.unload()
     assert looks._what(ImageRequest(prompt="a cat")) == "draw a cat"
+
+
+@pytest.mark.parametrize("ref", ["demo", "demo-hf"])
+def test_the_estimate_of_a_loaded_model_is_shown_whatever_engine_it_is_of(
+    panel: Controller, ref: str
+) -> None:
+    made = nb.estimate(ref)
+    loaded = Model(engine=FakeEngine(), name=ref, estimated=lambda: made)
+    session.add(loaded)
+    try:
+        (row,) = _rows(_looked(panel), "loaded")
+    finally:
+        loaded.unload()
+    assert re.fullmatch(r"memory [\d.]+ [KM]iB estimated", row["memory"])
 
 
 def test_unload_of_what_is_not_there_is_a_message_not_a_crash(panel: Controller, model: Model) -> None:
