@@ -6,6 +6,7 @@ import hashlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -151,14 +152,22 @@ def identity(model: FrameModel) -> dict[str, Any]:
 
 
 def _digests(files: Any) -> Any:
-    """Return the digests of files that were loaded beside the weights, by name where they have one."""
-    from nbinfer.models.digest import file_digest
-
+    """Return the digests of what was loaded beside the weights, by name where it has one."""
     if files is None:
         return None
     if isinstance(files, Mapping):
-        return {str(name): file_digest(path) for name, path in files.items()}
-    return file_digest(files)
+        return {str(name): _digest(path) for name, path in files.items()}
+    return _digest(files)
+
+
+def _digest(path: Any) -> str:
+    """Return the digest of a file, or of all files of an adapter's folder."""
+    from nbinfer.models.digest import file_digest, weights_digest
+
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return file_digest(folder)
+    return weights_digest(sorted(file for file in folder.iterdir() if file.is_file()))
 
 
 @dataclass(frozen=True)

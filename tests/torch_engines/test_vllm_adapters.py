@@ -10,7 +10,9 @@ import pytest
 from support.vllm_engine import demo_hf, open_demo_hf, quietly
 
 from nbinfer.contract.errors import ModelNotFound, RequestError
+from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import CompletionRequest
+from nbinfer.engines.protocol import EngineInfo
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -96,6 +98,25 @@ def test_one_adapter_without_a_name_is_always_on(tmp_path: Path) -> None:
         assert engine.submit(request()).result(60).text == expected(added)
     finally:
         engine.close()
+
+
+def test_kept_answers_are_found_by_the_adapters_files(tmp_path: Path) -> None:
+    from nbinfer.frames.work import identity
+    from nbinfer.session import Model
+
+    folders = {name: tmp_path / name for name in ("one", "two")}
+    for seed, folder in enumerate(folders.values()):
+        make_adapter(folder, seed)
+    engine: Any = type(
+        "Engine", (), {"info": EngineInfo(backend="vllm", model="x", mode=Mode.COMPLETION, context_size=1)}
+    )()
+    ids = [
+        identity(Model(engine=engine, name="x", config={"lora": lora}))["adapters"]
+        for lora in folders.values()
+    ]
+    assert ids[0] != ids[1]
+    named = identity(Model(engine=engine, name="x", config={"lora": folders}))["adapters"]
+    assert list(named.values()) == ids
 
 
 def test_a_folder_that_is_no_adapter_is_refused_before_the_load(tmp_path: Path) -> None:
