@@ -230,8 +230,9 @@ class VllmServer:
             raise ModelLoadError(str(self._report()))
 
     def problem(self, seconds: float) -> NbinferError | None:
-        """Return the crash report when it ends by itself within ``seconds``; None: it runs."""
-        return RunnerLost(str(self._report())) if self._ended.wait(seconds) else None
+        """Return what ended it by itself within ``seconds``; None: it runs, or was stopped."""
+        ended = self._ended.wait(seconds) and not self._stopped
+        return RunnerLost(str(self._report())) if ended else None
 
     def note_ready(self) -> None:
         """From now on its end is a loss, and no failed load."""

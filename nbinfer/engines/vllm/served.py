@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from nbinfer.contract.errors import EngineClosed, ModelLoadError, NbinferError, NotSupported, RequestError
+from nbinfer.contract.errors import (
+    EngineClosed,
+    EngineError,
+    ModelLoadError,
+    NbinferError,
+    NotSupported,
+    RequestError,
+)
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import CompletionRequest
 from nbinfer.engines.images import has_images
@@ -79,7 +86,7 @@ class Server(Protocol):
         ...
 
     def problem(self, seconds: float) -> NbinferError | None:
-        """Return what ended it, within ``seconds``; None: it runs."""
+        """Return what ended it by itself, within ``seconds``; None: it runs, or was stopped."""
         ...
 
     def stop(self) -> None:
@@ -147,9 +154,12 @@ class Host:
 
     def lost(self, error: Exception) -> NbinferError:
         """Return why the server does not answer any more."""
+        problem = self._server.problem(0.0 if self.closing else 3.0)
+        if problem is not None:
+            return problem
         if self.closing:
             return EngineClosed(f"{self.name} was unloaded while the request ran.")
-        return self._server.problem(3.0) or ModelLoadError(f"vLLM's server does not answer: {error!s:.200}")
+        return EngineError(f"vLLM's server does not answer: {error!s:.200}")
 
     def check_open(self) -> None:
         """Refuse use after the end.
@@ -175,7 +185,9 @@ class Host:
             self._serve()
         finally:
             self.closing = True
-            self._stopped(EngineClosed(f"{self.name} was unloaded while the request ran."))
+            closed = EngineClosed(f"{self.name} was unloaded while the request ran.")
+            # Its owner also closes what was lost.
+            self._stopped(self._server.problem(0.0) or closed)
             self._server.stop()
             self.loop.call_soon_threadsafe(self.loop.stop)
 
