@@ -33,7 +33,7 @@ def demo_image_folder() -> Path:
 
 
 def demo_image_path() -> Path:
-    """Return the folder of the image pipeline ``demo-image`` (0.6 MB), made on first use in a second or two.
+    """Return the folder of the image pipeline ``demo-image`` (2 MB), made on first use in a second or two.
 
     Raises
     ------
@@ -70,7 +70,7 @@ def demo_image_path() -> Path:
 
 
 def make_pipeline(folder: Path, *, seed: int = _SEED) -> None:
-    """Write a small ``StableDiffusionPipeline`` with random weights: 64x64 pixels, 150,000 parameters.
+    """Write a small ``StableDiffusionPipeline`` with random weights: 64x64 pixels, 470,000 parameters.
 
     Parameters
     ----------
