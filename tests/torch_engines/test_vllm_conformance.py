@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 from support import sidecar
 from support.conformance import *  # noqa: F403 - the suite
 from support.vllm_engine import SETTINGS, demo_hf, quietly
 
 from nbinfer import session
-from nbinfer.contract.errors import DoesNotFit
+from nbinfer.contract.errors import DoesNotFit, EngineError
 from nbinfer.memory import estimate_vllm
 from nbinfer.sidecar import discovery
 
@@ -75,3 +76,20 @@ def test_what_does_not_fit_is_refused_before_anything_starts() -> None:
     with pytest.raises(DoesNotFit, match="kv_cache_bytes=") as caught:
         session.load("demo-hf", backend="vllm", name="huge", kv_cache_bytes="1000GiB")
     assert len(str(caught.value).splitlines()) <= 5
+
+
+def test_an_engine_process_that_is_killed_is_a_crash_with_its_reason(models: dict[str, Model]) -> None:
+    # The last test: the model in the sidecar is gone after it. vLLM itself would end with exit code 0.
+    described = discovery.describe()
+    assert described is not None
+    runner = psutil.Process(next(each["pid"] for each in described["models"]))
+    processes = runner.children(recursive=True)
+    stream = models["sidecar"].stream("Tell me a story.", max_tokens=900, logit_bias={2: -100})
+    pieces = iter(stream)  # one that nobody keeps ends the answer
+    next(pieces)
+    next(each for each in processes if "EngineCore" in " ".join(each.cmdline())).kill()
+    with pytest.raises(EngineError, match="has died") as caught:
+        stream.result()
+    assert len(str(caught.value).splitlines()) <= 5
+    _, alive = psutil.wait_procs([runner, *processes], timeout=5)
+    assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []

@@ -35,6 +35,7 @@ from nbinfer.engines.protocol import EngineInfo
 from nbinfer.engines.remote.clients import ConnectionLostError, Endpoint, OwnClient
 from nbinfer.engines.remote.engine import RemoteEngine
 from nbinfer.engines.remote.wire import vectors_from_wire
+from nbinfer.engines.text import THINK_CLOSE
 from nbinfer.engines.vllm.answers import Answer, Node
 from nbinfer.engines.vllm.arguments import ALWAYS
 from nbinfer.engines.vllm.generate import CompletionEngine
@@ -400,6 +401,7 @@ class ServedCompletions(CompletionEngine):
                 continue
             if isinstance(job, Answer):
                 job.cached = output.num_cached_tokens or job.cached
+                self._cut_at_stop(job, output.outputs[0])
             outcome = job.take(output)
             self._computed += outcome.prompt_tokens
             self._generated += outcome.generated
@@ -408,6 +410,16 @@ class ServedCompletions(CompletionEngine):
                 self._add(job)
             elif outcome.done or output.finished:
                 self._leave(key, job)
+
+    def _cut_at_stop(self, job: Answer, new: Any) -> None:
+        """Drop the tokens after a stop string: a busy server sends several at once, the kernel has one."""
+        if not job.request.stop or len(new.token_ids) < 2:  # noqa: PLR2004 - a single one cannot be cut
+            return
+        for count in range(1, len(new.token_ids)):
+            text = self._vocabulary.text([*job.generated, *new.token_ids[:count]])
+            if any(stop in text.rpartition(THINK_CLOSE)[2] for stop in job.request.stop):
+                del new.token_ids[count:], new.logprobs[count:]
+                return
 
     def _leave(self, key: str, job: Job) -> None:
         self._abort(key)
