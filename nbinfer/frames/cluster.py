@@ -95,15 +95,17 @@ class Recipe:
         options = dict(self.options)
         if self.backend in (None, "llamacpp"):
             options.setdefault("threads", threads)
-        # A name of its own: models of the kernel, where its threads are the workers, stay as they are.
-        return session.load(
+        model = session.load(
             self.ref,
             backend=self.backend,
             where=self.where,
             mode=self.mode,
-            name=f"{self.name}@{self.key}",
+            name=f"{self.name}@{self.key}-{uuid.uuid4().hex[:8]}",
             **options,
         )
+        # The plugin holds it. Where the workers are threads of the kernel, its own models are the only ones.
+        session.session.forget(model)
+        return model
 
 
 class EnginePlugin(WorkerPlugin):

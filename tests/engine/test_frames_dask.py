@@ -8,6 +8,7 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
+import dask
 import numpy as np
 import pandas as pd
 import pytest
@@ -34,7 +35,13 @@ def client() -> Iterator[Any]:
     make_cluster: Any = LocalCluster
     connect: Any = Client
     options = {"memory_limit": None, "dashboard_address": None, "silence_logs": 50}
-    with make_cluster(n_workers=2, threads_per_worker=1, **options) as cluster, connect(cluster) as client:
+    # Left alone, a local cluster takes a worker off that is not back 15 seconds after a death.
+    patient = dask.config.set({"distributed.deploy.lost-worker-timeout": "10m"})
+    with (
+        patient,
+        make_cluster(n_workers=2, threads_per_worker=1, **options) as cluster,
+        connect(cluster) as client,
+    ):
         client.register_plugin(dask_backend.RegisterBackend())
         yield client
 
@@ -77,14 +84,8 @@ def test_the_demo_model_gives_the_frame_that_it_gives_in_the_kernel(client: Any)
 def test_each_worker_loads_the_model_once(client: Any, fake: Any) -> None:
     for text in ("a", "b"):
         complete([f"{text}{i}" for i in range(8)], model=fake, client=client, progress=False)
-    loaded = client.run(_models)
+    loaded = client.run(dask_backend.models)
     assert set(loaded.values()) == {1}
-
-
-def _models() -> int:
-    from nbinfer import session
-
-    return len([m for m in session.loaded() if m.name.startswith("deadly@")])
 
 
 def test_a_row_that_fails_there_fails_as_it_does_here(client: Any, fake: Any) -> None:
@@ -126,8 +127,8 @@ def test_a_worker_that_joins_gets_the_model_and_its_share(client: Any, fake: Any
         until(lambda: run.progress.done >= 4)
         client.cluster.scale(2)
         assert run.wait(60)["error"].isna().all()
-        until(lambda: len(client.run(_models)) == 2)
-        assert set(client.run(_models).values()) == {1}
+        until(lambda: len(client.run(dask_backend.models)) == 2)
+        assert set(client.run(dask_backend.models).values()) == {1}
     finally:
         client.cluster.scale(2)
 
@@ -145,16 +146,10 @@ def test_an_interrupt_keeps_finished_rows_and_the_next_run_goes_on(client: Any, 
     kept = last_run().frame()["completion"].notna().sum()
     assert 12 <= kept < 200
     # The workers have stopped as well.
-    until(lambda: set(client.run(_busy).values()) == {0})
+    until(lambda: set(client.run(dask_backend.busy).values()) == {0})
     out = complete(rows, model=fake, client=client, progress=False)
     assert list(out["completion"]) == rows
     assert (out["source"] == "cache").sum() == kept
-
-
-def _busy() -> int:
-    from nbinfer import session
-
-    return sum(m.engine.load().running + m.engine.load().waiting for m in session.loaded())
 
 
 def test_labels_and_vectors_are_computed_there_too(client: Any, fake: Any) -> None:
@@ -210,15 +205,31 @@ def test_a_cluster_that_lets_the_work_go_ends_the_run_and_keeps_its_rows(client:
         run.wait(60)
     kept = int(run.frame()["completion"].notna().sum())
     assert 8 <= kept < 200
-    until(lambda: set(client.run(_busy).values()) == {0})
+    until(lambda: set(client.run(dask_backend.busy).values()) == {0})
 
 
 def test_released_workers_hold_no_model_and_the_next_call_loads_it_again(client: Any, fake: Any) -> None:
     complete(["a"], model=fake, client=client, progress=False)
     assert nb.release(client) >= 1
-    assert set(client.run(_models).values()) == {0}
+    assert set(client.run(dask_backend.models).values()) == {0}
     assert nb.release(client) == 0
     assert list(complete(["b"], model=fake, client=client, progress=False)["completion"]) == ["b"]
+
+
+def test_workers_that_are_threads_leave_the_kernels_models_alone() -> None:
+    make_cluster: Any = LocalCluster
+    connect: Any = Client
+    options = {"processes": False, "dashboard_address": ":0", "silence_logs": 50}
+    with (
+        nb.load("demo", threads=1) as model,
+        make_cluster(n_workers=2, threads_per_worker=2, **options) as cluster,
+        connect(cluster) as client,
+    ):
+        out = complete(["What is 1 plus 2?", None], model="demo", client=client, max_tokens=8)
+        assert out["error"].isna().all()
+        assert nb.loaded() == [model]
+        assert nb.release(client) == 1
+        assert model.infer("Hi", max_tokens=2).text
 
 
 def test_a_function_that_names_the_package_travels_to_the_workers(client: Any) -> None:

@@ -33,8 +33,24 @@ def script(request: CompletionRequest) -> Iterable[Any]:
     return [0.1, *echo(request)] if "slow" in text else echo(request)
 
 
+opened: list[FakeEngine] = []
+"""Every engine that this process has opened."""
+
+
 def open_fake(mode: Mode = Mode.COMPLETION) -> FakeEngine:
-    return FakeEngine(script, mode=mode, model=NAME, context_size=50)
+    opened.append(FakeEngine(script, mode=mode, model=NAME, context_size=50))
+    return opened[-1]
+
+
+def models() -> int:
+    """How many chat models this process holds."""
+    return sum(not engine.closed for engine in opened if engine.info.mode is Mode.COMPLETION)
+
+
+def busy() -> int:
+    """How many requests this process has."""
+    loads = [engine.load() for engine in opened]
+    return sum(load.running + load.waiting for load in loads)
 
 
 class DeadlyBackend:
