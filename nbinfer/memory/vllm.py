@@ -184,7 +184,8 @@ class VllmEstimate:
             return ()
         tries: list[tuple[str, dict[str, Any]]] = []
         if self.device == "cpu":
-            room = self.free - (self.budget - self.cache)
+            # A little less than there is, in whole MiB: what is free changes by the minute.
+            room = int(0.9 * (self.free - (self.budget - self.cache))) >> 20 << 20
             if room > self.cache_per_token * CPU_BLOCK:
                 tries.append((f"{human_bytes(room)} of cache", {"kv_cache_bytes": room}))
         else:

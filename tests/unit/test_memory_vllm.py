@@ -134,6 +134,21 @@ def test_on_a_cpu_the_cache_is_what_was_given_and_the_verdict_is_about_main_memo
     assert words in made.reason
     assert made.required.ram == made.budget
     assert made.required.vram == ()
+    advice = made.advice()
+    assert bool(advice) == (verdict == "does not fit" and free * GIB > made.weights + sum(made.overhead) // 2)
+    for each in advice:
+        assert made.again(**each.changes).verdict != "does not fit"
+
+
+def test_a_cache_that_is_too_large_is_answered_with_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = SimpleNamespace(gpus=(), ram=SimpleNamespace(available=30 * GIB, total=64 * GIB))
+    monkeypatch.setattr("nbinfer.memory.vllm.machine", lambda: here)
+    made = plan(gpus=None, kv_cache_bytes="100GiB")
+    (found,) = made.advice()
+    assert set(found.changes) == {"kv_cache_bytes"}
+    # Somebody takes a little meanwhile.
+    here.ram.available -= GIB // 2
+    assert made.again(**found.changes).verdict != "does not fit"
 
 
 def test_a_configuration_without_layers_is_refused() -> None:
