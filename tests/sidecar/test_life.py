@@ -371,25 +371,3 @@ def test_a_crash_during_the_load_is_a_load_error(runtime: Path, monkeypatch: pyt
     with pytest.raises(ModelLoadError, match="SIGABRT"):
         start(Wanted(key=1, name="demo", detail=recipe), progress, lambda _: None)
     assert list(runtime.glob("crash-*.log"))
-
-
-def test_a_forked_child_asks_over_connections_of_its_own(runtime: Path) -> None:
-    # With the parent's, each could read the other's answers.
-    code = (
-        LOAD.format("0")
-        + """
-import os, sys
-ask = lambda n: m.infer(f"What is {n} plus 1?", max_tokens=12).text
-before = [ask(n) for n in range(4)]
-read, write = os.pipe()
-if os.fork() == 0:
-    os.write(write, repr([ask(n) for n in range(4)]).encode())
-    os._exit(0)
-after = [ask(n) for n in range(4)]
-print(after == before, os.read(read, 10000).decode() == repr(before))
-"""
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.stdout.split() == ["True", "True"], done.stderr
