@@ -114,7 +114,7 @@ import os, random, sys
 random.seed(11)
 before = dict(os.environ), random.getstate()
 import nbinfer as nb
-m = nb.load("demo-hf", backend="vllm", where="kernel", dtype="float32", threads=1, context_size=1024)
+m = nb.load("demo-hf", backend="vllm", where="kernel", threads=1, context_size=1024)
 unchanged = (dict(os.environ), random.getstate()) == before
 """
 ENDLESS = (

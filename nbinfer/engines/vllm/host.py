@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbinfer.contract.errors import EngineClosed, EngineError, ModelLoadError, NbinferError
 from nbinfer.engines.alive import register
+from nbinfer.engines.vllm.amx import ask_for_amx
 from nbinfer.engines.vllm.failures import failure
 from nbinfer.engines.vllm.process import PLACE, undisturbed
 
@@ -155,6 +156,7 @@ class Host:
     def _load(self) -> None:
         with undisturbed(self._variables):
             _use_threads(self._threads)
+            ask_for_amx()
             from vllm import LLM
 
             # Held by the engine that it is prepared for, and by nobody here.

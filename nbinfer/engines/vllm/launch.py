@@ -22,8 +22,12 @@ def name_the_build() -> None:
         )
 
 
-# The processes that vLLM starts import this file again.
-if __name__ == "__main__":
+# The processes that vLLM starts import this file again; they compute.
+if __name__ == "__mp_main__":
+    from nbinfer.engines.vllm.amx import ask_for_amx
+
+    ask_for_amx()
+elif __name__ == "__main__":
     name_the_build()
     sys.argv[0] = "vllm"
     from vllm.entrypoints.cli.main import main
