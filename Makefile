@@ -1,5 +1,6 @@
 # `make quickstart` sets up a virtual environment, runs the first tutorial on the demo models and shows the answers.
-# `make test` sets up and runs every check; `make test-torch` only those of the engines that need torch. `make lab` opens the tutorials in JupyterLab. `make docs` builds the site.
+# `make test` sets up and runs every check; `make test-torch` only those of the engines that need torch. `make lab`
+# opens the tutorials in JupyterLab. `make docs` builds the site.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -23,6 +23,7 @@ from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import (
     CompletionRequest,
     EmbeddingRequest,
+    ImageRequest,
     Request,
     RerankRequest,
     ScoreRequest,
@@ -56,6 +57,7 @@ waits so many seconds; an ``Exception`` ends the request with it; an ``Event`` w
 All waits end early on cancel and close.
 """
 
+Asked: TypeAlias = CompletionRequest | EmbeddingRequest | RerankRequest | ScoreRequest
 Script: TypeAlias = list[str] | Callable[[CompletionRequest], Iterable[Any]]
 """Tokens, or a function from the request to steps (``Any``, because a mixed list is typed as of objects)."""
 
@@ -110,7 +112,7 @@ def _last_text(request: CompletionRequest) -> str:
 
 @dataclass
 class _Job:
-    request: Request
+    request: Asked
     submitted: float
     stream: Stream = field(init=False)
     stop: threading.Event = field(default_factory=threading.Event)
@@ -155,7 +157,7 @@ class FakeEngine:
         model: str = "fake",
     ) -> None:
         self.script: Script = echo if script is None else script
-        self.requests: list[Request] = []
+        self.requests: list[Asked] = []
         self.cancelled = 0
         self.most_running = 0
         self.closed = False
@@ -186,6 +188,8 @@ class FakeEngine:
         return self._info
 
     def submit(self, request: Request) -> Stream:
+        if isinstance(request, ImageRequest):
+            raise NotSupported("the fake engine makes no images.")
         self._check(request)
         job = _Job(request, time.perf_counter())
         job.stream = Stream(on_cancel=lambda: self._cancel(job))
@@ -234,7 +238,7 @@ class FakeEngine:
 
     # -- inside -----------------------------------------------------------------------------------------
 
-    def _check(self, request: Request) -> None:
+    def _check(self, request: Asked) -> None:
         needed = _MODES[type(request)]
         if self._mode is not None and self._mode is not needed:
             raise NotSupported(f"{self._info.model} is loaded for {self._mode}; this request needs {needed}.")
@@ -452,7 +456,7 @@ def _params(request: CompletionRequest) -> dict[str, object]:
     }
 
 
-def _interrupted(request: Request, info: EngineInfo) -> AnyResult:
+def _interrupted(request: Asked, info: EngineInfo) -> AnyResult:
     """Return the result of a request that was cancelled before it ran."""
     if isinstance(request, EmbeddingRequest):
         return EmbeddingResult(

@@ -64,7 +64,9 @@ def test_a_file_is_downloaded_once_and_then_used_without_its_server(
 
 def test_the_question_comes_before_the_weights(home: Path) -> None:
     def refuse(model: RemoteModel) -> None:
-        raise DoesNotFit(f"{model.name}: {model.n_bytes:,} bytes, {model.header.n_layers} layers.")
+        raise DoesNotFit(
+            f"{model.name}: {model.n_bytes:,} bytes, {getattr(model.header, 'n_layers', None)} layers."
+        )
 
     with FileServer({"/m.gguf": DATA}, open_ended) as server:
         with pytest.raises(DoesNotFit, match=f"m: {len(DATA):,} bytes, 2 layers"):
