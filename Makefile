@@ -29,9 +29,8 @@ quickstart: $(VENV)/.run
 	$(BIN)/jupyter execute notebooks/01-quickstart.ipynb --output $(CURDIR)/build/01-quickstart.ipynb
 	$(BIN)/python tools/show_notebook.py build/01-quickstart.ipynb
 
-test: $(VENV)/.test lint docs-check
+test: $(VENV)/.test lint docs-check test-torch
 	$(BIN)/python -m pytest -m "not vllm and not images" --nbmake tests notebooks $(TORCH_NOTEBOOKS:%=--ignore %)
-	@$(MAKE) --no-print-directory test-torch
 
 # NBINFER_REQUIRE: a test of these that finds its engine missing fails, and is not skipped.
 test-torch:
