@@ -468,19 +468,20 @@ class SidecarService:
         self._used = True
         self._requests += 1
         try:
-            body["model"] = wanted.detail.names[0]
-            return await self._passed(request, wanted, json.dumps(body).encode())
+            return await self._passed(request, wanted, body)
         finally:
             self._requests -= 1
 
     async def _passed(
-        self, request: Request, wanted: Wanted, body: bytes, *, last_try: bool = False
+        self, request: Request, wanted: Wanted, body: dict[str, Any], *, last_try: bool = False
     ) -> Response:
         there = self._at_once(wanted)
         use = there if there is not None else await while_connected(request, self._acquire(wanted))
         runner: Runner = use.loaded
         try:
-            asked = self._client(runner).request("POST", request.url.path, body)
+            # One runner serves a model under every name that it was loaded by, and knows the first.
+            named = {**body, "model": runner.recipe.names[0]}
+            asked = self._client(runner).request("POST", request.url.path, json.dumps(named).encode())
             answer = await while_connected(request, asked)
         except BrokenConnectionError as error:
             use.release()

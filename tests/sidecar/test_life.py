@@ -161,6 +161,38 @@ def test_a_forked_child_does_not_keep_its_dead_parents_model(runtime: Path) -> N
             os.killpg(parent.pid, signal.SIGKILL)
 
 
+def test_a_forked_child_asks_for_itself_and_its_parent_goes_on(runtime: Path) -> None:
+    code = (
+        LOAD.format("0")
+        + """
+import os
+print(m.infer("What is the capital of Italy?").text, flush=True)
+for _ in range(2):
+    if (child := os.fork()) == 0:
+        print(m.infer("What is the capital of Peru?").text, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+print(m.infer("What is the capital of France?").text, flush=True)
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    peru = "The capital of Peru is Lima."
+    assert done.stdout.splitlines() == [
+        "The capital of Italy is Rome.", peru, peru, "The capital of France is Paris."
+    ]  # fmt: skip
+
+
+def test_one_model_under_two_names_is_one_process(runtime: Path) -> None:
+    models = [session.load("demo", where="sidecar", name=name, keep_alive=0) for name in ("one", "two")]
+    answers = [model.infer("What is the capital of Peru?") for model in models]
+    assert [answer.text for answer in answers] == ["The capital of Peru is Lima."] * 2
+    assert [answer.model for answer in answers] == ["one", "two"]
+    engines: list[Any] = [model.engine for model in models]
+    assert len({engine.hold.pid for engine in engines}) == 1
+
+
 # -- starting ------------------------------------------------------------------------------------------
 
 

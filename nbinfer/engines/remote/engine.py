@@ -97,6 +97,11 @@ def ignore_late_wakeups(loop: asyncio.AbstractEventLoop, context: dict[str, Any]
         loop.default_exception_handler(context)
 
 
+_inherited: list[Any] = []
+"""In a forked child, what the parent still uses: to close it would take its sockets out of the epoll that
+both processes share, and the parent would wait for ever."""
+
+
 class _Loop:
     """An event loop on a thread of its own, started when it is first needed."""
 
@@ -109,6 +114,8 @@ class _Loop:
         with self._lock:
             # A forked child has the object, but not the thread.
             if self._loop is None or self._pid != os.getpid():
+                if self._loop is not None:
+                    _inherited.append(self._loop)
                 self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
                 self._loop.set_exception_handler(ignore_late_wakeups)
                 threading.Thread(target=self._loop.run_forever, name="nbinfer-remote", daemon=True).start()
@@ -404,6 +411,8 @@ class RemoteEngine:
     def _client(self) -> Client:
         if self._made is None or self._made_in != os.getpid():
             # A forked child must not write into its parent's connections.
+            if self._made is not None:
+                _inherited.append(self._made)
             self._made_in = os.getpid()
             endpoint = self._endpoint
             own = self._own and endpoint.socket is not None
