@@ -285,7 +285,9 @@ def test_another_library_under_that_name_fails_the_self_test(tmp_path: Path) -> 
 def test_a_child_without_memory_switches_the_probe_off() -> None:
     probe = Probe(address_space=16 * MIB)
     assert not probe.works()
-    assert "failed to map" in probe.status
+    # Which of its allocations fails first is not ours to say.
+    assert probe.status.startswith("off: the probe ended")
+    assert "failed to map" in probe.status or "MemoryError" in probe.status
 
 
 def test_threads_may_ask_at_once_and_each_gets_its_own_answer(probe: Probe, header: Load) -> None:

@@ -15,7 +15,6 @@ import pytest
 from nbinfer.backends import hardware, llamacpp
 from nbinfer.backends.disk import disk_usage
 from nbinfer.backends.llamacpp import LlamaCppBackend, install_line
-from nbinfer.backends.vllm import VllmBackend
 from nbinfer.contract.config import ModelConfig
 from nbinfer.contract.errors import BackendUnavailable, ConfigError, ModelNotFound, NotSupported
 from nbinfer.contract.modes import Mode
@@ -296,45 +295,6 @@ def test_links_to_one_file_count_once(tmp_path: Path) -> None:
     assert disk_usage([store]) == 1010
     assert disk_usage([store, blob, store / "own", tmp_path / "nothing"]) == 1010
     assert disk_usage([]) == 0
-
-
-@pytest.mark.parametrize(
-    ("platform", "version", "package", "text"),
-    [
-        ("darwin", "0.11.0", True, "Not Installed: only supported on Linux"),
-        ("win32", None, False, "Not Installed: only supported on Linux"),
-        ("linux", None, False, "Not Installed: package not installed"),
-        ("linux", "0.11.0", True, "Error: vllm 0.11.0 is installed; this release cannot run it yet"),
-        ("linux", None, True, "Error: vllm version unknown is installed; this release cannot run it yet"),
-    ],
-)
-def test_vllm_is_never_called_usable_while_it_cannot_be_run(
-    site: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    platform: str,
-    version: str | None,
-    package: bool,
-    text: str,
-) -> None:
-    if version is not None:
-        (tmp_path / f"vllm-{version}.dist-info").mkdir()
-        metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
-        (tmp_path / f"vllm-{version}.dist-info" / "METADATA").write_text(metadata)
-    if package:
-        (tmp_path / "vllm").mkdir()
-        (tmp_path / "vllm" / "__init__.py").write_text("raise RuntimeError('imported')")
-    importlib.invalidate_caches()
-    backend = VllmBackend()
-    monkeypatch.setattr(sys, "platform", platform)
-    assert str(backend.status()) == text
-    assert (backend.disk_usage() > 0) is package
-    with pytest.raises(BackendUnavailable, match="GGUF"):
-        backend.install()
-    with pytest.raises(NotSupported, match="GGUF"):
-        backend.open(Path("m"), mode=Mode.COMPLETION)
-    with pytest.raises(NotSupported, match="GGUF"):
-        backend.run("s", Path("m"), "m", Mode.COMPLETION, ModelConfig())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")

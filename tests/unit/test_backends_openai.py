@@ -214,7 +214,6 @@ def test_a_model_that_the_server_has_not_is_refused_with_those_it_has(their: Ser
         ({"base_url": "http://127.0.0.1:9/v1"}, BackendUnavailable, "no server answers"),
         ({"base_url": "http://127.0.0.1:9/v1", "gpu_layers": 3}, ConfigError, "gpu_layers"),
         ({"base_url": "http://127.0.0.1:9/v1", "keep_alive": "5m"}, ConfigError, "keep_alive"),
-        ({"base_url": "http://127.0.0.1:9/v1", "mode": "image-generation"}, NotSupported, "images"),
     ],
 )
 def test_a_load_that_cannot_work_says_what_is_missing(

@@ -52,6 +52,9 @@ class ProbeRefused(NbinferError, ValueError):  # noqa: N818 - llama.cpp's answer
     """llama.cpp itself will not load this model or make this context; the message is its own."""
 
 
+_OUT_OF_MEMORY = "std::bad_alloc"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PretendGPU:
     """A GPU to plan for.
@@ -296,7 +299,8 @@ class Probe:
             raise
         if answer["ok"]:
             return answer
-        if answer["refused"]:
+        # Bookkeeping alone was more than the child is given: that is no answer about the model.
+        if answer["refused"] and _OUT_OF_MEMORY not in answer["why"]:
             raise ProbeRefused(f"llama.cpp refuses: {answer['why']}")
         raise ProbeFailed(f"the probe failed: {answer['why']}")
 
