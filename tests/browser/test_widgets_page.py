@@ -218,6 +218,26 @@ def test_an_advice_is_a_button_that_sets_the_sliders(
     assert not page.get_by_text("What fits").is_visible()
 
 
+def test_an_advice_of_the_same_words_sets_its_own_numbers(page: Any, parts: dict[str, Any]) -> None:
+    draw(page, "panel", parts)
+    advice = {"label": "context 16k", "settings": {"context_size": 16384}}
+    put(page, plan={**parts["plan"], "advice": [advice]})
+    put(page, plan={**parts["plan"], "advice": [{**advice, "settings": {"context_size": 16128}}]})
+    page.get_by_role("button", name="context 16k").click()
+    (asked,) = sent(page, "plan")
+    assert asked["settings"]["context_size"] == 16128
+
+
+def test_a_model_that_could_not_be_unloaded_can_be_asked_again(page: Any, parts: dict[str, Any]) -> None:
+    draw(page, "panel", parts)
+    press = page.get_by_role("button", name="Unload qwen3-0.6b")
+    press.click()
+    assert press.is_disabled()
+    failed = {"id": "m9", "kind": "error", "text": "it is in use", "log": ""}
+    put(page, messages={"rows": [failed]})
+    assert press.is_enabled()
+
+
 def test_a_model_that_draws_has_no_field_for_what_it_has_not(
     page: Any, parts: dict[str, Any], planner: FakePlanner
 ) -> None:

@@ -187,6 +187,7 @@ function loadedView(model, link) {
     }, { "aria-label": `Unload ${first.name}` });
     const row = el("li", {}, el("div", { class: "nbinfer-w-main" }, name, " ", where, el("div", {}, facts), context), press);
     row.update = (m) => {
+      press.disabled = false;
       say(name, m.name);
       say(where, [m.mode, m.where].filter(Boolean).join(" · "));
       say(facts, [m.queue, m.rate, m.context && `context ${m.context}`, m.memory, m.keep].filter(Boolean).join(" · "));
@@ -205,7 +206,8 @@ function loadedView(model, link) {
     show(list, rows.length > 0);
     show(none, rows.length === 0);
   };
-  return { node, draw, on: ["loaded"] };
+  // A message may be why a model that was to be unloaded is still here.
+  return { node, draw, on: ["loaded", "messages"] };
 }
 
 function modelsView(model, link, choose) {
@@ -402,8 +404,10 @@ function planView(model, link, { load }) {
       }
       show(fits, !plan.error && plan.advice.length > 0);
       keyed(advice, plan.error ? [] : plan.advice, (row) => row.label, (first) => {
-        const press = button(first.label, () => { settings = { ...settings, ...first.settings }; drawFields(); ask(); });
-        press.update = (row) => say(press, row.label);
+        // Labels are rounded: the button stays where the numbers behind it change.
+        let now = first;
+        const press = button(first.label, () => { settings = { ...settings, ...now.settings }; drawFields(); ask(); });
+        press.update = (row) => { now = row; say(press, row.label); };
         return press;
       });
     }
