@@ -37,6 +37,7 @@ ERROR_MARK = "NBINFER-ERROR "
 # LLAMA_ARG_*: llama-server reads a model, a port or tools to offer from there.
 _NOT_INHERITED = re.compile(
     "JPY_PARENT_PID|JPY_SESSION_NAME|JPY_INTERRUPT_EVENT|PYTHONSTARTUP|MPLBACKEND|LLAMA_ARG_.*|LLAMA_API_KEY"
+    "|VLLM_API_KEY"
 )
 
 

@@ -278,6 +278,8 @@ def dduf_entries(path: Path) -> dict[str, tuple[int, int]]:
                 if head[:4] != b"PK\3\4" or offset + info.file_size > size:
                     raise SafetensorsParseError(f"{path.name}: {name[:80]!r} lies outside the file.")
                 entries[name] = (offset, info.file_size)
+            if sum(length for _, length in entries.values()) > size:
+                raise SafetensorsParseError(f"{path.name}: its entries overlap.")
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         if isinstance(error, SafetensorsParseError):
             raise
@@ -329,6 +331,9 @@ def _component(
         )
     config = read_json(open_file, f"{name}/config.json", MAX_CONFIG) or {}
     own = [each for each in names if each.startswith(f"{name}/")]
+    settings = (read_json(open_file, each, MAX_CONFIG) or {} for each in own if each.endswith("config.json"))
+    if any(each.endswith(".py") for each in own) or any("auto_map" in found for found in settings):
+        raise SafetensorsParseError(f"{source}: {name} brings code of its own, which is never run.")
     files, variant = weight_files(own)
     if not files:
         pickles = [each for each in own if each.endswith(_PICKLES)]

@@ -67,6 +67,10 @@ def chat(engine: CompletionEngine, first: str, *more: str) -> list[Result]:
     return results
 
 
+def _sure(result: Result) -> list[float]:
+    return [token.logprob for token in result.logprobs or ()]
+
+
 TURNS = ("What is the capital of France?", "And of Italy?", "Count from 3 to 9.")
 LONG_TURNS = (STORY * 12, "And then?", "Who are you?")
 
@@ -132,6 +136,26 @@ def test_rows_share_a_beginning_longer_than_the_window_and_write_what_they_write
     assert sum(r.usage.cached_tokens > WINDOW for r in results) == len(rows) - 1
 
 
+@pytest.mark.parametrize("parallel", [2, 4])
+def test_rows_much_longer_than_the_window_write_what_they_write_alone(open_kind: Open, parallel: int) -> None:
+    engine = open_kind("window", context_size=2048, parallel=parallel, micro_batch=64)
+    alone = open_kind("window", exact=True)
+    words = "anchor bridge candle desert ember forest garden harbour island jungle kettle lantern".split()
+    rows = [STORY * 4 + f"{word} " * 70 + "And then?" for word in words]
+    requests = [
+        CompletionRequest(
+            messages=({"role": "user", "content": row},), max_tokens=4, priority="batch", logprobs=1
+        )
+        for row in rows
+    ]
+    results = [stream.result() for stream in [engine.submit(request) for request in requests]]
+    assert results[0].usage.prompt_tokens > 2 * WINDOW
+    for row, result in zip(rows, results, strict=True):
+        expected = answer(alone, [{"role": "user", "content": row}], max_tokens=4, logprobs=1)
+        assert result.text == expected.text
+        np.testing.assert_allclose(_sure(result), _sure(expected), atol=0.01)
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_a_chat_that_had_to_leave_is_put_back(open_kind: Open, kind: str) -> None:
     engine = open_kind(kind, parallel=1, prefix_cache="64MiB")
@@ -179,32 +203,41 @@ def test_a_damaged_state_is_passed_over_and_removed(open_kind: Open, tmp_path: P
     assert not file.exists()
 
 
-def _state(start: int, n: int = 40, size: int = 100) -> tuple[np.ndarray, None, np.ndarray]:
+def _state(start: int, n: int = 40, size: int = 10_000) -> tuple[np.ndarray, None, np.ndarray]:
     return np.arange(start, start + n, dtype=np.int32), None, np.full(size, start % 256, np.uint8)
 
 
 @pytest.mark.parametrize("in_folder", [False, True])
 def test_the_states_stay_below_their_limit_and_the_oldest_go(tmp_path: Path, in_folder: bool) -> None:
-    store = SavedStates(250, tmp_path if in_folder else None)
+    store = SavedStates(25_000, tmp_path if in_folder else None)
     for start in (0, 1000):
         store.put(*_state(start))
     found = store.longest(np.arange(0, 60, dtype=np.int32), None, more_than=8, whole=True)
     assert found is not None
-    assert found[0].tolist() == [0] * 100
+    assert found[0].tolist() == [0] * 10_000
     store.put(*_state(2000))  # 1000 was used least recently
-    assert store.size == 200
+    assert store.size == 20_000
     assert store.has(np.arange(0, 40, dtype=np.int32), None)
     assert not store.has(np.arange(1000, 1040, dtype=np.int32), None)
-    store.put(*_state(3000, size=251))
-    assert store.size == 200
+    store.put(*_state(3000, size=25_001))
+    assert store.size == 20_000
     assert len(list(tmp_path.rglob("*"))) == (3 if in_folder else 0)
 
 
+def test_a_folder_has_one_limit_for_states_of_all_settings(tmp_path: Path) -> None:
+    for identity in "abc":
+        store = SavedStates(2000, tmp_path, identity=identity)
+        store.put(*_state(0, size=600))
+    left = [path.stat().st_size for path in tmp_path.rglob("*.state")]
+    assert 0 < sum(left) <= 2000
+    assert store.has(np.arange(0, 40, dtype=np.int32), None)
+
+
 def test_a_state_that_another_continues_is_not_kept_twice() -> None:
-    store = SavedStates(1000)
+    store = SavedStates(100_000)
     store.put(*_state(0))
     store.put(*_state(0, n=50))
-    assert store.size == 100
+    assert store.size == 10_000
     assert store.longest(np.arange(100, dtype=np.int32), None, more_than=45, whole=False) is not None
     assert store.longest(np.arange(100, dtype=np.int32), "other adapter", more_than=8, whole=False) is None
 
@@ -217,7 +250,7 @@ def test_a_full_disk_costs_the_state_and_nothing_else(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    store = SavedStates(1000, tmp_path)
+    store = SavedStates(100_000, tmp_path)
     monkeypatch.setattr(safetensors.numpy, "save_file", full)
     store.put(*_state(0))
     assert store.size == 0

@@ -245,6 +245,8 @@ class CompletionEngine:
 
     def _start_scoring(self, request: ScoreRequest) -> Stream:
         question = request.question()
+        if has_images(question):
+            raise NotSupported("answers are scored behind text only, not behind images.")
         text, tokens = self._prompt_of(question)
         answers = [
             self._weights.tokenize(a, special=False, add_special=False).tolist() for a in request.answers
@@ -495,6 +497,8 @@ class CompletionEngine:
             return False
         if not taken:
             return True
+        if sequence.alone:
+            return False
         shared, apart = self._prefixes.cells(taken, sequence)
         if shared + apart > self._context.size:
             return False
@@ -591,7 +595,14 @@ class CompletionEngine:
             self._context.pointer, sequence.media, sequence.slot, self._context.n_batch
         ):
             self._context.drop(sequence.slot)
-            if not self._make_room():
+            if self._prefixes.make_room():
+                return
+            others = any(s.sequence not in (None, sequence) for s in self._slots)
+            if others and not sequence.alone:
+                # Tried again when it has the whole context.
+                sequence.alone = True
+                self._preempt(self._slots[sequence.slot])
+            else:
                 self._finish(sequence, "error", EngineError("the images could not be read into the context."))
             return
         self._prompt_tokens += sequence.media.n_tokens

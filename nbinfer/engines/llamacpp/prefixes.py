@@ -82,11 +82,11 @@ class Prefixes:
 
     def _usable(self, slot: Slot, n: int) -> bool:
         """Whether the first ``n`` tokens that a slot holds can be taken from it exactly."""
-        whole = n == len(slot.held) and slot.sequence is None
         if self._folds:
-            return whole
-        if self._window and not whole:
-            return self._context.first_position(slot.index) <= max(0, n - self._window)
+            return n == len(slot.held) and slot.sequence is None
+        if self._window:
+            # The next token looks back at itself and window - 1 before it; -1: nothing of it is left.
+            return 0 <= self._context.first_position(slot.index) <= max(0, n - self._window + 1)
         return True
 
     def computing_more(self, tokens: NDArray[np.int32], shared: int, adapter: str | None) -> bool:
@@ -105,8 +105,8 @@ class Prefixes:
         tokens = sequence.tokens(0, sequence.length)
         common = [common_prefix(s.prompt, tokens) if self.parts else 0 for s in running]
         shared = max(common, default=0)
-        others = sum(s.length - n for s, n in zip(running, common, strict=True))
-        return shared, others + len(tokens) + 1 - shared
+        others = sum(s.cells - n for s, n in zip(running, common, strict=True))
+        return shared, others + sequence.cells + 1 - shared
 
     def begin(self, tokens: NDArray[np.int32], adapter: str | None) -> tuple[Slot, int]:
         """Choose a free slot for a prompt and put the longest known beginning into it.
@@ -178,6 +178,8 @@ class Prefixes:
         others += [s.prompt for s in itertools.islice(waiting, 4 * len(self._slots))]
         if others:
             keep = max(common_prefix(slot.held, tokens) for tokens in others)
+            if not self._usable(slot, keep):
+                keep = 0
             self._context.drop(slot.index, keep)
             slot.held = slot.held[:keep]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_SUFFIX = ".state"
+_SUFFIX, _HALF = ".state", ".half"
+_STALE_SECONDS = 3600
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +42,7 @@ class SavedStates:
     Parameters
     ----------
     budget
-        Bytes of states at most.
+        Bytes of states at most; of a folder, of all states in it.
     folder
         Where the states lie, readable by this user only; None keeps them in main memory.
     identity
@@ -122,6 +124,10 @@ class SavedStates:
         self._shrink()
 
     def _shrink(self) -> None:
+        if self._folder is not None:
+            _tidy(self._folder.parent, self._budget)
+            self._states = [state for state in self._states if state.path is not None and state.path.exists()]
+            return
         while self._states and self.size > self._budget:
             self._drop(self._states[0])
 
@@ -132,6 +138,25 @@ class SavedStates:
                 state.path.unlink()
 
 
+def _tidy(folder: Path, budget: int) -> None:
+    """Keep a folder below its limit, whichever settings its states are of; what was half written goes too."""
+    now, found = time.time(), []
+    for path in folder.glob("*/*"):
+        with suppress(OSError):
+            about = path.stat()
+            if path.suffix == _SUFFIX:
+                found.append((about.st_mtime, about.st_size, path))
+            elif path.suffix == _HALF and now - about.st_mtime > _STALE_SECONDS:
+                path.unlink()
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found, key=lambda each: each[0]):
+        if total <= budget:
+            return
+        with suppress(OSError):
+            path.unlink()
+        total -= size
+
+
 def _write(folder: Path, state: _State) -> Path | None:
     """Write a state so that it is there whole or not at all; None where the disk does not take it."""
     from safetensors.numpy import save_file
@@ -140,7 +165,7 @@ def _write(folder: Path, state: _State) -> Path | None:
     name = hashlib.blake2b(
         state.tokens.tobytes() + (state.adapter or "").encode(), digest_size=16
     ).hexdigest()
-    path, half = folder / f"{name}{_SUFFIX}", folder / f"{name}.{os.getpid()}.half"
+    path, half = folder / f"{name}{_SUFFIX}", folder / f"{name}.{os.getpid()}{_HALF}"
     about = {"sum": str(zlib.crc32(state.data.data)), "adapter": state.adapter or ""}
     try:
         os.close(os.open(half, os.O_WRONLY | os.O_CREAT, 0o600))
@@ -165,7 +190,9 @@ def _listed(folder: Path) -> list[_State]:
                 size = int(file.get_slice("state").get_shape()[0])
             state = _State(tokens, about.get("adapter") or None, size, path=path)
             found.append((path.stat().st_mtime, state))
-        except (SafetensorError, OSError, IndexError):
+        except OSError:
+            continue  # it may be well another time
+        except (SafetensorError, IndexError):
             with suppress(OSError):
                 path.unlink()
     return [state for _, state in sorted(found, key=lambda pair: pair[0])]

@@ -66,6 +66,8 @@ class Sequence:
     prompt_done: float | None = None
     last_token: float | None = None
     done: bool = False
+    alone: bool = False
+    """Images that did not go in beside others."""
 
     @property
     def interactive(self) -> bool:
@@ -76,6 +78,12 @@ class Sequence:
     def length(self) -> int:
         """Tokens known so far: prompt and answer."""
         return len(self.prompt) + len(self.generated)
+
+    @property
+    def cells(self) -> int:
+        """Cells of the context that it takes: an image may take more of them than it has positions."""
+        images = 0 if self.media is None else self.media.n_tokens - len(self.media.placeholders)
+        return self.length + images
 
     @property
     def generating(self) -> bool:

@@ -228,8 +228,10 @@ class CompletionEngine:
         return self._enqueue([answer])
 
     def _start_scoring(self, request: ScoreRequest) -> Stream:
-        text, tokens, _ = self._prompt_of(request.question())
-        del text
+        question = request.question()
+        if has_images(question):
+            raise NotSupported("answers are scored behind text only, not behind images.")
+        _, tokens, _ = self._prompt_of(question)
         answers = [self._vocabulary.tokenize(a, special=False, add_special=False) for a in request.answers]
         self._check_length(len(tokens) + max(len(a) for a in answers))
         scoring = Scoring(

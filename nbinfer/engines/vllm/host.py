@@ -139,10 +139,15 @@ class Host:
                 else load_failure(self.name, e)
             )
         finally:
-            self._stopped(EngineClosed(f"{self.name} was unloaded while the request ran."))
-            _take_down()
-            PLACE.leave(self)
-            self._loaded.set()
+            # After an error of the GPU each of these may raise: whoever waits must not wait for ever.
+            try:
+                self._stopped(EngineClosed(f"{self.name} was unloaded while the request ran."))
+            finally:
+                try:
+                    _take_down()
+                finally:
+                    PLACE.leave(self)
+                    self._loaded.set()
 
     def _end(self, error: NbinferError) -> None:
         self.closing = True

@@ -11,6 +11,7 @@ import numpy as np
 
 from nbinfer.contract.errors import (
     ContextOverflow,
+    EngineClosed,
     EngineError,
     NbinferError,
     NotSupported,
@@ -197,7 +198,7 @@ class PooledEngine:
         parts: list[Any] = []
         for lot in self._lots(job):
             if self._host.closing:
-                return
+                raise EngineClosed(f"{self._name} was unloaded while the request ran.")
             if job.stream.cancelled:
                 raise EngineError("the request was interrupted.")
             if isinstance(job.request, RerankRequest):

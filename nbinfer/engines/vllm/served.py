@@ -182,11 +182,13 @@ class Host:
             self._thread.join()
 
     def _run(self) -> None:
+        closed: NbinferError = EngineClosed(f"{self.name} was unloaded while the request ran.")
         try:
             self._serve()
+        except Exception as error:  # noqa: BLE001 - whatever happened, nobody may be left waiting
+            closed = EngineError(f"vLLM stopped: {error!r:.300}")
         finally:
             self.closing = True
-            closed = EngineClosed(f"{self.name} was unloaded while the request ran.")
             # Its owner also closes what was lost.
             self._stopped(self._server.problem(0.0) or closed)
             self._server.stop()
@@ -415,8 +417,11 @@ class ServedCompletions(CompletionEngine):
         """Drop the tokens after a stop string: a busy server sends several at once, the kernel has one."""
         if not job.request.stop or len(new.token_ids) < 2:  # noqa: PLR2004 - a single one cannot be cut
             return
+        thinking = job.assembler.in_reasoning
         for count in range(1, len(new.token_ids)):
             text = self._vocabulary.text([*job.generated, *new.token_ids[:count]])
+            if thinking and THINK_CLOSE not in text:
+                continue  # thoughts end at nothing but their own end
             if any(stop in text.rpartition(THINK_CLOSE)[2] for stop in job.request.stop):
                 del new.token_ids[count:], new.logprobs[count:]
                 return
@@ -473,7 +478,7 @@ class ServedCompletions(CompletionEngine):
             if last is None:
                 raise ConnectionLostError("the answer ended in the middle")  # noqa: TRY301 - one way to end
             self._put(key, last)
-        except (ConnectionLostError, NbinferError) as error:
+        except Exception as error:  # noqa: BLE001 - an answer of another shape must end its request too
             self._put(key, await self._refusal(error))
 
     async def _score(self, key: str, job: Any) -> None:
@@ -501,7 +506,7 @@ class ServedCompletions(CompletionEngine):
             whole = SimpleNamespace(logprobs=[logprobs])
             cached = details.get("cached_tokens") or 0
             self._put(key, SimpleNamespace(outputs=[whole], finished=True, num_cached_tokens=cached))
-        except (ConnectionLostError, NbinferError) as error:
+        except Exception as error:  # noqa: BLE001 - as above
             self._put(key, await self._refusal(error))
 
     async def _refusal(self, error: Exception) -> NbinferError:
@@ -512,8 +517,9 @@ class ServedCompletions(CompletionEngine):
             return lost
         if isinstance(error, RequestError):
             return RequestError(f"vLLM refuses this request: {str(error).splitlines()[0]:.300}")
-        assert isinstance(error, NbinferError)  # noqa: S101 - the other kind
-        return error
+        if isinstance(error, NbinferError):
+            return error
+        return EngineError(f"vLLM's server gave an answer that cannot be read: {error!r:.200}")
 
 
 def _output(choice: Mapping[str, Any]) -> SimpleNamespace:
