@@ -18,9 +18,16 @@ from nbinfer import backends
 from nbinfer.backends import guard, vllm
 from nbinfer.backends.crash import explain
 from nbinfer.backends.vllm import split_flags
-from nbinfer.backends.vllm_server import command_line
+from nbinfer.backends.vllm_server import VllmServer, command_line
 from nbinfer.contract.config import ModelConfig
-from nbinfer.contract.errors import BackendUnavailable, ConfigError, ModelNotFound, NbinferError, NotSupported
+from nbinfer.contract.errors import (
+    BackendUnavailable,
+    ConfigError,
+    ModelLoadError,
+    ModelNotFound,
+    NbinferError,
+    NotSupported,
+)
 from nbinfer.contract.modes import Mode
 from nbinfer.engines.vllm.arguments import ALWAYS, VllmArguments, arguments, environment
 from nbinfer.engines.vllm.build import VllmBuild
@@ -336,6 +343,24 @@ def test_nothing_that_is_known_is_nothing() -> None:
     assert failure("all is well") is None
 
 
+# -- what the server is given ---------------------------------------------------------------------------
+
+
+def test_a_key_for_another_server_does_not_reach_this_one(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nenv\n")
+    program.chmod(0o700)
+    monkeypatch.setenv("VLLM_API_KEY", "smuggled")
+    monkeypatch.setattr(sys, "executable", str(program))
+    server = VllmServer(arguments(demo, mode=Mode.COMPLETION, device="cpu"), BUILD, name="x")
+    with pytest.raises(ModelLoadError):
+        server.wait_ready()
+    assert "VLLM_NO_USAGE_STATS=1" in server.log.text()
+    assert "smuggled" not in server.log.text()
+
+
 # -- the guard ------------------------------------------------------------------------------------------
 
 # A server with a child that ignores every polite request, as an engine that starts does.
@@ -423,6 +448,31 @@ def test_a_killed_guards_session_can_be_ended_by_its_number(guarded: Any) -> Non
     os.kill(process.pid, signal.SIGKILL)
     guard.end_session(process.pid)
     until(lambda: all_gone([pid for pid in pids if pid != process.pid]), 5)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="process groups")
+@pytest.mark.parametrize("how", ["pipe", "signal", "itself"])
+def test_the_guard_ends_the_server_and_its_children_also_without_proc(tmp_path: Path, how: str) -> None:
+    (tmp_path / "private").mkdir()
+    program = "from nbinfer.backends import guard; guard._PROC = '/nowhere'; guard.main()"
+    command = [sys.executable, "-c", program, str(tmp_path / "private"), sys.executable, "-c"]
+    # It ends by itself, and leaves its child behind.
+    code = SERVER.replace("time.sleep(600)\n", "sys.exit(3)\n") if how == "itself" else SERVER
+    with subprocess.Popen(
+        [*command, code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        word, child = process.stdout.readline().split()
+        assert word == "up"
+        if how == "pipe":
+            process.stdin.close()
+        elif how == "signal":
+            os.kill(process.pid, signal.SIGTERM)
+        until(lambda: process.poll() is not None and all_gone([int(child)]), 5)
+        said = process.stdout.read().strip()
+    assert said == f"{guard.MARK}{3 if how == 'itself' else 'none'}"
+    assert not (tmp_path / "private").exists()
 
 
 def test_flags_reach_the_sidecar_as_a_part_of_the_configuration(demo: Path) -> None:
