@@ -9,7 +9,7 @@ import pytest
 from support.pictures import disc
 
 import nbinfer as nb
-from nbinfer.contract.errors import ContextOverflow, ModelLoadError, NotSupported, RequestError
+from nbinfer.contract.errors import ContextOverflow, EngineError, ModelLoadError, NotSupported, RequestError
 from nbinfer.models.demo import demo_path
 
 if TYPE_CHECKING:
@@ -52,6 +52,29 @@ def test_batched_answers_are_the_same_as_lone_ones(model: nb.Model) -> None:
     texts = [stream.result(60).text for stream in streams]
     assert texts[1::2] == [alone] * 15
     assert texts[::2] == [f"The background is {background}." for _, background in PAIRS * 3]
+
+
+def test_images_that_do_not_go_in_beside_others_wait_and_hold_up_nobody(
+    model: nb.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine: Any = model.engine
+    feed, refused = engine._projector.feed, []
+
+    def only_alone(*given: Any) -> bool:
+        if sum(slot.sequence is not None for slot in engine._slots) > 1:
+            refused.append(1)
+            return False
+        return bool(feed(*given))
+
+    monkeypatch.setattr(engine._projector, "feed", only_alone)
+    story = model.submit(model.request("Tell me a story about a dog.", max_tokens=60))
+    picture = model.submit(model.request("What color is the background?", images=[disc("red", "blue")]))
+    assert story.result(60).text
+    assert picture.result(60).text == "The background is blue."
+    assert 1 <= len(refused) <= 2
+    monkeypatch.setattr(engine._projector, "feed", lambda *_: False)
+    with pytest.raises(EngineError, match="could not be read into the context"):
+        model.infer("What color is the background?", images=[disc("red", "blue")])
 
 
 def test_images_inside_messages_and_paths(model: nb.Model, tmp_path: Path) -> None:
