@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from nbinfer.memory.settings import Settings
     from nbinfer.memory.shape import Block, Part, Shape
 
-_OF_A_KIND = 3
 _LONGEST_PATTERN = 12
 _FLOAT = 4
 _ROTATION = 64
@@ -107,15 +106,15 @@ def _flash_stays(made: Layout, shape: Shape, settings: Settings, *, gpus: int) -
     return all(result.device == device for device, result in builder.attended)
 
 
-def _ends_kept(kinds: Sequence[object]) -> list[bool]:
-    """Say which blocks stay when some of each kind from either end do: as many as keep odd numbers odd."""
+def _ends_kept(kinds: Sequence[object], ends: int) -> list[bool]:
+    """Say which blocks stay when ``ends`` of each kind from either end do, and one more of an odd number."""
     alike: dict[object, list[int]] = {}
     for number, kind in enumerate(kinds):
         alike.setdefault(kind, []).append(number)
     kept = {
         number
         for numbers in alike.values()
-        for number in (*numbers[: _OF_A_KIND + len(numbers) % 2], *numbers[-_OF_A_KIND:])
+        for number in (*numbers[: ends + len(numbers) % 2], *numbers[-ends:])
     }
     return [number in kept for number in range(len(kinds))]
 
@@ -304,10 +303,14 @@ class _Builder:
         shared = self.graph.gpus > 0 and CPU in self.placed
         if shared and self.shape.recurrent:
             return blocks
-        kept = _rounds_kept(kinds, alone=6 if shared else _OF_A_KIND, among=2)
+        kept = _rounds_kept(kinds, alone=6 if shared else 3, among=2)
         if not (self.small or shared or (self.shape.recurrent and among)):
-            kept = min(kept, _ends_kept(kinds), key=sum)
+            kept = min(kept, _ends_kept(kinds, 3 if self._is_per_layer() else 2), key=sum)
         return [block for block, stays in zip(blocks, kept, strict=True) if stays]
+
+    def _is_per_layer(self) -> bool:
+        """Whether every block gets embeddings of its own."""
+        return "per_layer_token_embd.weight" in self.shape.input.tensors
 
     def _kind(self, block: Block) -> tuple[object, ...]:
         return (

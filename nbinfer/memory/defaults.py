@@ -35,6 +35,7 @@ ESTIMATED = (
     "micro_batch",
     "mmap",
     "tensor_split",
+    "experts_on_cpu",
     "projector",
     "prefix_cache",
     "prefix_cache_folder",

@@ -328,7 +328,7 @@ def test_rounds_left_out_of_the_graph_would_not_have_changed_its_size(
     settings = plain(4096, gpu_layers=gpu_layers, parallel=4, experts_on_cpu=experts_on_cpu)
     made = layout(shape(name), settings, GPU)
     for rule in ("_rounds_kept", "_ends_kept"):
-        monkeypatch.setattr(compute, rule, lambda kinds, **_: [True] * len(kinds))
+        monkeypatch.setattr(compute, rule, lambda kinds, *_, **__: [True] * len(kinds))
     whole = layout(shape(name), settings, GPU)
     assert {device: held.compute for device, held in made.held.items()} == {
         device: held.compute for device, held in whole.held.items()

@@ -117,6 +117,14 @@ class BufferOverride(Structure):
     _fields_: ClassVar = [("pattern", c_char_p), ("buffer_type", c_void_p)]
 
 
+def buffer_overrides(patterns: Sequence[str], buffer_type: int) -> Array[BufferOverride]:
+    """Return the list for ``tensor_buft_overrides``; it must live until the model is loaded."""
+    rules = (BufferOverride * (len(patterns) + 1))()  # the last one, empty, ends it
+    for rule, pattern in zip(rules, patterns, strict=False):
+        rule.pattern, rule.buffer_type = pattern.encode(), buffer_type
+    return rules
+
+
 class Tensor(Structure):
     """The head of ``ggml_tensor``, up to what the pretend device reads."""
 

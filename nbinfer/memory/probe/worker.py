@@ -162,10 +162,7 @@ class Worker:
             params.tensor_split = ctypes.addressof(shares)
             self._keep.append(shares)
         if overrides:
-            host = self.library.ggml_backend_cpu_buffer_type()
-            rules = (abi.BufferOverride * (len(overrides) + 1))()
-            for rule, pattern in zip(rules, overrides, strict=False):
-                rule.pattern, rule.buffer_type = pattern.encode(), host
+            rules = abi.buffer_overrides(overrides, self.library.ggml_backend_cpu_buffer_type())
             params.tensor_buft_overrides = ctypes.addressof(rules)
             self._keep.append(rules)
         self._model = self.library.llama_model_load_from_file(self._path.encode(), params)
