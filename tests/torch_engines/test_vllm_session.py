@@ -111,11 +111,15 @@ def test_loading_again_with_other_settings_replaces_it(models: dict[str, session
 
 LOAD = """
 import os, random, sys
+import numpy, torch
+def state():
+    drawn = random.getstate(), repr(numpy.random.get_state()), torch.get_rng_state().tolist()
+    return dict(os.environ), *drawn, os.putenv, random.seed, torch.manual_seed
 random.seed(11)
-before = dict(os.environ), random.getstate()
+before = state()
 import nbinfer as nb
 m = nb.load("demo-hf", backend="vllm", where="kernel", threads=1, context_size=1024)
-unchanged = (dict(os.environ), random.getstate()) == before
+unchanged = state() == before
 """
 ENDLESS = (
     "m.infer('Tell me a story.', max_tokens=1000, logit_bias=dict.fromkeys(m.engine.end_tokens, -100.0))"

@@ -15,13 +15,14 @@ import random
 import sys
 import threading
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nbinfer.contract.errors import NotSupported
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 QUIET = {
     # In this process: no children, and so nothing that could outlive it.
@@ -42,46 +43,91 @@ _NOISY = ("torch._library.triton", "transformers", "torch.distributed")
 def undisturbed(variables: Mapping[str, str]) -> Iterator[None]:
     """Run a load, with variables set for it, and leave the process as it was.
 
-    Restored are the environment, the states of ``random``, NumPy and torch, ``torch.set_num_threads``, and
-    the garbage collector.
+    Cells may run beside it, and what they set is theirs: only what this thread does is undone. Variables that
+    it set are taken back where they still hold its value, and seeding the generators of ``random``, NumPy and
+    torch does nothing on it: every request has a seed of its own. ``torch.set_num_threads`` and the garbage
+    collector are restored.
     """
-    before = dict(os.environ)
-    seeds = random.getstate()
     frozen = gc.get_freeze_count()
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
-    os.environ.update({name: value for name, value in variables.items() if name not in _NOT_HERE} | QUIET)
-    # Threads that wait for each other in a loop stand still when the machine has other work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         # Not thread-safe; nothing else that warns runs while a cell loads a model.
-        with warnings.catch_warnings():
+        with _variables_taken_back(), warnings.catch_warnings():
+            os.environ.update({name: value for name, value in variables.items() if name not in _NOT_HERE})
+            os.environ.update(QUIET)
+            # Threads that wait for each other in a loop stand still when the machine has other work.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             warnings.simplefilter("ignore")
             import numpy as np
             import torch
 
-            drawn, tensors, set_threads = np.random.get_state(), torch.get_rng_state(), torch.set_num_threads  # noqa: NPY002 - the global state is what vLLM sets
-            on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+            set_threads = torch.set_num_threads
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
             _show_llvm_as_empty()
+            seeds = ((random, "seed"), (np.random, "seed"), (torch, "manual_seed"))
             try:
-                yield
+                with ExitStack() as undo:
+                    for place, name in (*seeds, (torch.cuda, "manual_seed_all")):
+                        undo.callback(setattr, place, name, getattr(place, name))
+                        setattr(place, name, _not_on_this_thread(getattr(place, name)))
+                    yield
             finally:
-                np.random.set_state(drawn)  # noqa: NPY002 - as above
-                torch.set_rng_state(tensors)
-                if on_gpus:
-                    torch.cuda.set_rng_state_all(on_gpus)
                 torch.set_num_threads = set_threads
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        random.setstate(seeds)
         if not frozen:
             gc.unfreeze()
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
+
+
+@contextmanager
+def _variables_taken_back() -> Iterator[None]:
+    """Undo what this thread does to the environment meanwhile, where nobody else has changed it since."""
+    this = threading.get_ident()
+    before: dict[str, str | None] = {}
+    ours: dict[str, str | None] = {}
+    put, unset = os.putenv, os.unsetenv
+
+    def note(name: Any, value: Any) -> None:
+        if threading.get_ident() == this:
+            before.setdefault(os.fsdecode(name), os.environ.get(os.fsdecode(name)))
+            ours[os.fsdecode(name)] = None if value is None else os.fsdecode(value)
+
+    def noted_put(name: Any, value: Any) -> None:
+        note(name, value)
+        put(name, value)
+
+    def noted_unset(name: Any) -> None:
+        note(name, None)
+        unset(name)
+
+    # ``os.environ`` calls these by their names, and is not told otherwise which thread has set what.
+    os.putenv, os.unsetenv = noted_put, noted_unset
+    try:
+        yield
+    finally:
+        os.putenv, os.unsetenv = put, unset
+        for name, value in ours.items():
+            was = before[name]
+            if os.environ.get(name) != value or was == value:
+                continue
+            if was is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = was
+
+
+def _not_on_this_thread(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that does nothing when it is this thread that calls it."""
+    this = threading.get_ident()
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return None if threading.get_ident() == this else function(*args, **kwargs)
+
+    return call
 
 
 def _show_llvm_as_empty() -> None:
