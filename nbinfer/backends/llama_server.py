@@ -51,7 +51,15 @@ _OPTIONS = {
     "main_gpu": "--main-gpu",
     "reasoning_budget": "--reasoning-budget",
 }
-_OTHER_OPTIONS = ("context_size", "kv_type", "flash_attention", "mmap", "tensor_split", "projector")
+_OTHER_OPTIONS = (
+    "context_size",
+    "kv_type",
+    "flash_attention",
+    "mmap",
+    "tensor_split",
+    "experts_on_cpu",
+    "projector",
+)
 # Of speed and memory: nothing that names a file, an address or a tool, or that fetches anything.
 ALLOWED_FLAGS = frozenset(
     """
@@ -329,6 +337,10 @@ def _words(asked: Mapping[str, Any]) -> list[str]:
         line.append("--no-mmap")
     if "tensor_split" in asked:
         line += ["--tensor-split", ",".join(f"{float(share):g}" for share in asked["tensor_split"])]
+    if asked.get("experts_on_cpu") is True:
+        line.append("--cpu-moe")
+    elif asked.get("experts_on_cpu"):
+        line += ["--n-cpu-moe", str(_whole("experts_on_cpu", asked["experts_on_cpu"]))]
     if "projector" in asked:
         line += ["--mmproj", str(asked["projector"])]
     return line

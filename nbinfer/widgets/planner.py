@@ -32,6 +32,7 @@ _USUAL: Row = {
     "context_size": None,
     "kv_type": "f16",
     "gpu_layers": -1,
+    "experts_on_cpu": False,
     "parallel": None,
     **dict.fromkeys(VLLM_ONLY),
 }
@@ -195,7 +196,7 @@ class MemoryPlanner:
         return self._answer(ref, base, settings, exact=True)
 
     def _answer(self, ref: str, base: Estimate, settings: Mapping[str, Any], *, exact: bool) -> Row:
-        whole = whole_settings(settings, _limits(base))
+        whole = _whole(settings, base)
         plan = _plan(base, base.again(**_options(whole), exact=exact), whole)
         known, advice = self._advice
         if known == ref and plan["verdict"]["kind"] == "error":
@@ -208,7 +209,7 @@ class MemoryPlanner:
             base = self._model(ref)
         except (NotSupported, GGUFParseError) as problem:
             return {"advice": _other(ref, settings, problem)["advice"], "curve": []}
-        whole = whole_settings(settings, _limits(base))
+        whole = _whole(settings, base)
         found = base.again(**_options(whole)).advice()
         self._advice = ref, [{"label": one.text, "settings": dict(one.changes)} for one in found]
         return {"advice": self._advice[1], "curve": _curve(base, whole)}
@@ -233,8 +234,16 @@ class MemoryPlanner:
             return base
 
 
+def _whole(settings: Mapping[str, Any], base: Estimate) -> Row:
+    # Set by a piece of advice; it has no slider.
+    experts = settings.get("experts_on_cpu") is True
+    return {**whole_settings(settings, _limits(base)), "experts_on_cpu": experts}
+
+
 def _options(whole: Row) -> dict[str, Any]:
-    return {key: whole[key] for key in ("context_size", "kv_type", "gpu_layers", "parallel")}
+    return {
+        key: whole[key] for key in ("context_size", "kv_type", "gpu_layers", "experts_on_cpu", "parallel")
+    }
 
 
 def _limits(base: Estimate) -> Row:

@@ -50,6 +50,21 @@ def _window(blocks: int) -> tuple[str, dict[str, Any], list[Tensors]]:
     return "gemma3", keys, [{**_ATTENTION, **more}] * blocks
 
 
+def _mixture(blocks: int) -> tuple[str, dict[str, Any], list[Tensors]]:
+    """Llama with two of four experts for each token."""
+    plain = {name: shape for name, shape in _ATTENTION.items() if "_norm." not in name and "ffn" not in name}
+    block: Tensors = {
+        **plain,
+        "attn_norm.weight": (WIDTH,),
+        "ffn_norm.weight": (WIDTH,),
+        "ffn_gate_inp.weight": (WIDTH, 4),
+        "ffn_gate_exps.weight": (WIDTH, INNER, 4),
+        "ffn_up_exps.weight": (WIDTH, INNER, 4),
+        "ffn_down_exps.weight": (INNER, WIDTH, 4),
+    }
+    return "llama", {**_ATTENTION_KEYS, "expert_count": 4, "expert_used_count": 2}, [block] * blocks
+
+
 def _recurrent(blocks: int) -> tuple[str, dict[str, Any], list[Tensors]]:
     inner, state, rank, kernel = 2 * WIDTH, 16, 4, 4
     keys = {
@@ -98,11 +113,12 @@ KINDS: dict[str, Callable[[int], tuple[str, dict[str, Any], list[Tensors]]]] = {
     "recurrent": _recurrent,
     "hybrid": _hybrid,
 }
+_SHAPES = {**KINDS, "mixture": _mixture}
 
 
 def write_tiny(path: Path, kind: str, *, blocks: int = 6, seed: int = 0) -> Path:
     """Write a model of a kind, with the demo model's tokenizer and template, and return ``path``."""
-    architecture, keys, shapes = KINDS[kind](blocks)
+    architecture, keys, shapes = _SHAPES[kind](blocks)
     random = np.random.default_rng(seed)
     writer = GGUFWriter(path, architecture)
     n_vocab = _copy_tokenizer(writer)

@@ -73,6 +73,8 @@ def test_its_options_are_flags() -> None:
     assert f"--model {demo_path()} --ctx-size 512" in text
     for part in ("--threads 2", "--n-gpu-layers 0", "--flash-attn on", "--no-mmap", "--cache-type-v q8_0"):
         assert part in text
+    assert "--cpu-moe" in line(experts_on_cpu=True)
+    assert "--n-cpu-moe 2" in " ".join(line(experts_on_cpu=2))
     # Nothing is downloaded, and the server keeps no second cache of up to 8 GiB.
     assert "--offline" in text
     assert "--cache-ram 0" in text

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from support.tiny_models import write_tiny
 
 import nbinfer as nb
 from nbinfer.contract.errors import ModelNotFound
@@ -136,6 +137,27 @@ def test_with_a_gpu_there_are_two_bars_and_a_slider_of_layers(monkeypatch: pytes
         assert sum(s["bytes"] for s in segments if s["kind"] == "taken") in (0, GIB)
     assert weights[0] == 0
     assert weights[layers] > 0
+
+
+def test_advice_to_keep_experts_in_main_memory_moves_them_and_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu = Gpu(index=0, name="Imaginary 8", total=8 * GIB, free=7 * GIB)
+    here = Machine(ram=Ram(total=16 * GIB, available=8 * GIB), gpus=(gpu,))
+    room = sys.modules["nbinfer.memory.estimate"]
+    monkeypatch.setattr(room, "machine", lambda: here)
+    monkeypatch.setattr(room, "_build_uses_gpus", lambda: True)
+    path = str(write_tiny(tmp_path / "mixture.gguf", "mixture"))
+    planner = MemoryPlanner()
+
+    def on_gpu(plan: dict[str, Any]) -> int:
+        segments = [each for bar in plan["bars"] if "GPU" in bar["name"] for each in bar["segments"]]
+        return sum(each["bytes"] for each in segments if each["kind"] == "weights")
+
+    usual, moved = planner.quick(path, {}), planner.quick(path, {"experts_on_cpu": True})
+    assert 0 < on_gpu(moved) < on_gpu(usual)
+    assert planner.load_options(moved["settings"])["experts_on_cpu"] is True
+    assert "experts_on_cpu" not in planner.load_options(usual["settings"])
 
 
 @pytest.fixture

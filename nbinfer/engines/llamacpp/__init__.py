@@ -51,6 +51,7 @@ def open_engine(
     mmap: bool = True,
     main_gpu: int | None = None,
     tensor_split: list[float] | None = None,
+    experts_on_cpu: bool | int = False,
     reasoning_budget: int | None = None,
     exact: bool = False,
     speculative: Speculative | None = None,
@@ -85,6 +86,9 @@ def open_engine(
     pooling
         How an embedding model makes one vector of a text's: ``mean``, ``cls``, ``last``; ``none`` gives one
         for each token. None is what the file says; with one of the others any model makes embeddings.
+    experts_on_cpu
+        True keeps the experts of a mixture in main memory, a number those of so many first blocks; the rest
+        goes where ``gpu_layers`` says.
     exact
         Give the same text to the last bit, whatever ran before or runs beside: one request at a time, no
         shared prefixes.
@@ -129,6 +133,7 @@ def open_engine(
         mmap=mmap,
         main_gpu=main_gpu,
         tensor_split=tensor_split,
+        experts_on_cpu=experts_on_cpu,
         on_progress=on_progress,
     )
     weights.name = name or path.stem

@@ -14,7 +14,7 @@ from collections import deque
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from nbinfer.contract.errors import BackendUnavailable
+from nbinfer.contract.errors import BackendUnavailable, NotSupported
 from nbinfer.memory.probe.amx import may_rearrange
 
 if TYPE_CHECKING:
@@ -113,6 +113,25 @@ def may_rearrange_weights() -> bool:
     """Whether weights may be rearranged for fast CPU kernels; see :mod:`nbinfer.memory.probe.amx`."""
     bound = library()._lib  # noqa: SLF001 - the one handle that is sure to be the library in use
     return may_rearrange(ctypes.CDLL(bound._name, handle=bound._handle))  # noqa: SLF001
+
+
+def main_memory() -> int:
+    """Return the address of ggml's buffer type for main memory.
+
+    Raises
+    ------
+    NotSupported
+        This build does not tell it.
+    """
+    bound = library()._lib  # noqa: SLF001 - as above
+    try:
+        function = ctypes.CDLL(bound._name, handle=bound._handle)["ggml_backend_cpu_buffer_type"]  # noqa: SLF001
+    except AttributeError:
+        raise NotSupported(
+            "experts_on_cpu: this build of llama.cpp does not tell where main memory is; use gpu_layers."
+        ) from None
+    function.restype = ctypes.c_void_p
+    return int(function())
 
 
 @cache

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nbinfer.contract.errors import EngineClosed, ModelLoadError
-from nbinfer.engines.llamacpp.library import LOG, library, may_rearrange_weights
+from nbinfer.contract.errors import ConfigError, EngineClosed, ModelLoadError
+from nbinfer.engines.llamacpp.library import LOG, library, main_memory, may_rearrange_weights
 from nbinfer.engines.plaintext import SEAM, control_pattern
+from nbinfer.memory.probe.abi import buffer_overrides
+from nbinfer.memory.settings import expert_patterns
 
 if TYPE_CHECKING:
     import re
@@ -33,11 +35,15 @@ class Weights:
         Layers on the GPU: None or -1 is all of them where there is a GPU, 0 is none.
     mmap
         Map the file instead of reading it into memory.
+    experts_on_cpu
+        True keeps the experts of a mixture in main memory, a number those of so many first blocks.
     on_progress
         Called with the fraction loaded, 0 to 1, from the loading thread.
 
     Raises
     ------
+    ConfigError
+        ``experts_on_cpu`` is neither a boolean nor a number of blocks.
     ModelLoadError
         llama.cpp refused the file; the message holds its reason.
     """
@@ -50,6 +56,7 @@ class Weights:
         mmap: bool = True,
         main_gpu: int | None = None,
         tensor_split: Sequence[float] | None = None,
+        experts_on_cpu: bool | int = False,
         on_progress: Callable[[float], None] | None = None,
     ) -> None:
         lib = self._lib = library()
@@ -66,6 +73,9 @@ class Weights:
         if tensor_split is not None:
             shares = (ctypes.c_float * lib.LLAMA_MAX_DEVICES)(*tensor_split)
             params.tensor_split = shares
+        if experts_on_cpu:
+            rules = buffer_overrides(expert_patterns(_experts(experts_on_cpu)), main_memory())
+            params.tensor_buft_overrides = ctypes.addressof(rules)
         self._cancelled = threading.Event()
         self._guard = threading.RLock()
 
@@ -276,6 +286,14 @@ class Weights:
             if self.pointer:
                 self._lib.llama_model_free(self.pointer)
                 self.pointer = None
+
+
+def _experts(asked: Any) -> bool | int:
+    if not isinstance(asked, int) or asked < 0:
+        raise ConfigError(
+            f"experts_on_cpu={asked!r:.40}: True, or of how many first blocks they stay in main memory."
+        )
+    return asked
 
 
 def _load_failure(path: Path, errors: list[str], gpu_layers: int | None) -> str:

@@ -27,7 +27,11 @@ from ctypes import (
     c_void_p,
 )
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from ctypes import Array
 
 # ggml_backend_dev_type
 DEVICE_CPU, DEVICE_GPU, DEVICE_IGPU = 0, 1, 2
