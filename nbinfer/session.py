@@ -900,8 +900,9 @@ def load(
     progress
         Called with the fraction loaded, 0 to 1.
     backend_options
-        Passed to the backend: ``threads``, ``flash_attention``, ``mmap``, ``batch_size``, …; for images
-        ``device``, ``dtype``, ``batch``.
+        Passed to the backend: ``threads``, ``flash_attention``, ``mmap``, ``batch_size``,
+        ``experts_on_cpu`` (True, or of how many first blocks a mixture's experts stay in main memory), …; for
+        images ``device``, ``dtype``, ``batch``.
 
     Raises
     ------
