@@ -26,8 +26,12 @@ _PIPELINE_COPIES = 4
 class Result:
     """What an operation, an input or a stored tensor holds: a size, a device, and who still needs it.
 
-    What few of them have stands here for all.
+    An operation is its result: it has sources, and those whose room it may take. What few have stands here
+    for all.
     """
+
+    sources: tuple[Result, ...] = ()
+    reuse: Sequence[Result] = ()
 
     of: Result | None = None
     """Whose memory it is, where it is a view."""
@@ -50,15 +54,6 @@ class View(Result):
         self.device = of.device
 
 
-class _Operation:
-    __slots__ = ("device", "result", "reuse", "sources")
-
-    def __init__(
-        self, result: Result, sources: tuple[Result, ...], reuse: Sequence[Result], device: int | None
-    ) -> None:
-        self.result, self.sources, self.reuse, self.device = result, sources, reuse, device
-
-
 class Graph:
     """A graph under construction: operations in the order in which they run.
 
@@ -76,7 +71,7 @@ class Graph:
         self.gpus = gpus
         self._offload = offload and gpus > 0
         self._pipeline = pipeline
-        self._operations: list[_Operation] = []
+        self._operations: list[Result] = []
         self._inputs: list[Result] = []
 
     def input(self, size: int) -> Result:
@@ -126,9 +121,6 @@ class Graph:
         device
             Where it must run, when only one can.
         """
-        made = Result(size)
-        if extra:
-            made.extra = extra
         if weight is not None:
             if chooses:
                 device = weight.device
@@ -136,19 +128,27 @@ class Graph:
                     device = 0
             if weight.device != device:  # else it is read where it lies
                 sources = (*sources, weight)
-        self._operations.append(_Operation(made, sources, reuse, device))
+        made = Result(size, device)
+        made.sources = sources
+        if reuse:
+            made.reuse = reuse
+        if extra:
+            made.extra = extra
+        self._operations.append(made)
         return made
 
     def look_up(self, size: int, table: Result, indices: Result) -> Result:
         """Append a row lookup, which runs where the table is."""
-        made = Result(size)
-        self._operations.append(_Operation(made, (indices,), (), table.device))
+        made = Result(size, table.device)
+        made.sources = (indices,)
+        self._operations.append(made)
         return made
 
     def write(self, cache: Result, *sources: Result) -> None:
         """Append an operation that writes into a cache, where the cache is."""
         made = View(cache)
-        self._operations.append(_Operation(made, sources, (), cache.device))
+        made.device, made.sources = cache.device, sources
+        self._operations.append(made)
 
     # -- devices -----------------------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ class Graph:
         operations = self._operations
         if not self.gpus:
             for operation in operations:
-                operation.device = operation.result.device = CPU
+                operation.device = CPU
             return
         for spread_cpu in (False, True):
             for order in (operations, operations[::-1]):
@@ -169,8 +169,6 @@ class Graph:
                             current = None
                     elif current is not None:
                         operation.device = current
-        for operation in operations:
-            operation.result.device = operation.device
 
     def _copies(self) -> dict[int, list[tuple[Result, Result]]]:
         """Return what is copied to a device before an operation, by its number: at the start of its split.
@@ -187,7 +185,7 @@ class Graph:
         for index, operation in enumerate(self._operations):
             here = operation.device
             if here is None:
-                here = operation.device = operation.result.device = CPU
+                here = operation.device = CPU
             away = [s for s in operation.sources if (s.of or s).device not in (here, None)]
             if here != device or (split and any(source.fetched for source in away)):
                 device = here
@@ -225,9 +223,9 @@ class Graph:
                 self._release(source, room)
                 if not copy.held:
                     self._place(copy, room)
-            result, reuse = operation.result, operation.reuse
-            if result.of is None and not (reuse and self._take_over(result, reuse, room)):
-                self._place(result, room)
+            reuse = operation.reuse
+            if operation.of is None and not (reuse and self._take_over(operation, reuse, room)):
+                self._place(operation, room)
             for source in operation.sources:
                 self._release(source, room)
         return {device: space.most for device, space in room.items()}
