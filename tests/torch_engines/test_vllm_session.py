@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import random
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from support.kernel import kernel
 from support.vllm_engine import SETTINGS
@@ -12,6 +16,7 @@ from support.vllm_engine import SETTINGS
 import nbinfer as nb
 from nbinfer import session
 from nbinfer.contract.errors import NotSupported
+from nbinfer.engines.vllm.process import undisturbed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,6 +110,62 @@ def test_loading_again_with_other_settings_replaces_it(models: dict[str, session
     assert nb.infer("What is the capital of France?", model="vllm").text == "The capital of France is Paris."
     with pytest.raises(NotSupported, match="one model per process"):
         nb.load("demo-hf", backend="vllm", where="kernel", name="second", **SETTINGS)
+
+
+def test_what_a_cell_does_beside_a_load_stays_and_what_the_load_does_is_undone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    legacy: Any = np.random  # the generators that a whole process shares
+    for name in ("LOADS", "CELLS", "BOTH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CHANGED", "before")
+    monkeypatch.setenv("REMOVED", "before")
+    inside, done = threading.Event(), threading.Event()
+
+    def load() -> None:
+        with undisturbed({"ASKED": "1"}):
+            os.environ |= {"LOADS": "1", "BOTH": "load", "CHANGED": "load"}
+            del os.environ["REMOVED"]
+            random.seed(0)
+            legacy.seed(0)
+            torch.manual_seed(0)
+            inside.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=load)
+    drawn = random.getstate(), repr(legacy.get_state()), torch.get_rng_state()
+    thread.start()
+    try:
+        assert inside.wait(60)
+        assert os.environ["ASKED"] == "1"
+        assert (random.getstate(), repr(legacy.get_state())) == drawn[:2]
+        assert torch.equal(torch.get_rng_state(), drawn[2])
+        monkeypatch.setenv("CELLS", "1")
+        monkeypatch.setenv("BOTH", "cell")
+        random.seed(5)
+        legacy.seed(5)
+        torch.manual_seed(5)
+        seeded = random.random(), legacy.random(), torch.rand(1).item()
+    finally:
+        done.set()
+        thread.join()
+    found = {name: os.environ.get(name) for name in ("LOADS", "ASKED", "CELLS", "BOTH", "CHANGED", "REMOVED")}
+    assert found == {
+        "LOADS": None,
+        "ASKED": None,
+        "CELLS": "1",
+        "BOTH": "cell",
+        "CHANGED": "before",
+        "REMOVED": "before",
+    }
+    again = random.Random(5), np.random.RandomState(5), torch.Generator().manual_seed(5)
+    expected = [
+        (again[0].random(), again[1].random(), torch.rand(1, generator=again[2]).item()) for _ in "12"
+    ]
+    assert seeded == expected[0]
+    assert (random.random(), legacy.random(), torch.rand(1).item()) == expected[1]
 
 
 # -- a kernel of its own -----------------------------------------------------------------------------------

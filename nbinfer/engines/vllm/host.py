@@ -77,15 +77,18 @@ class Host:
             vLLM could not load the model.
         """
         PLACE.take(self)
-        self._thread.start()
-        register(self)
         try:
+            # An interrupt may come here too: it takes the thread a moment to begin.
+            self._thread.start()
+            register(self)
             # In slices, so that an interrupt is seen at once.
             while not self._loaded.wait(0.1):
                 pass
         except BaseException:
             # vLLM cannot be stopped while it loads: the thread goes on alone, and frees what it has made.
             self.closing = True
+            if self._thread.ident is None:  # it never began
+                PLACE.leave(self)
             raise
         if self._problem is not None:
             self._thread.join()

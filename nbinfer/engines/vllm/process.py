@@ -69,9 +69,11 @@ def undisturbed(variables: Mapping[str, str]) -> Iterator[None]:
             seeds = ((random, "seed"), (np.random, "seed"), (torch, "manual_seed"))
             try:
                 with ExitStack() as undo:
+                    over = threading.Event()
+                    undo.callback(over.set)
                     for place, name in (*seeds, (torch.cuda, "manual_seed_all")):
                         undo.callback(setattr, place, name, getattr(place, name))
-                        setattr(place, name, _not_on_this_thread(getattr(place, name)))
+                        setattr(place, name, _not_on_this_thread(getattr(place, name), over))
                     yield
             finally:
                 torch.set_num_threads = set_threads
@@ -119,13 +121,18 @@ def _variables_taken_back() -> Iterator[None]:
                 os.environ[name] = was
 
 
-def _not_on_this_thread(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that does nothing when it is this thread that calls it."""
+def _not_on_this_thread(function: Callable[..., Any], over: threading.Event) -> Callable[..., Any]:
+    """Return a function that does nothing when it is this thread that calls it, until it is over.
+
+    What is imported meanwhile may keep it.
+    """
     this = threading.get_ident()
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return None if threading.get_ident() == this else function(*args, **kwargs)
+        if threading.get_ident() == this and not over.is_set():
+            return None
+        return function(*args, **kwargs)
 
     return call
 
