@@ -6,6 +6,7 @@ Nothing is written before a notebook asks for it. The file belongs to its user a
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import json
 import os
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 LIMIT = 1000
 MAX_BYTES = 256 * 2**20
 """What the requests of a log may take together; pictures are part of them."""
+UNREADABLE = "unreadable"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -78,7 +80,8 @@ class Entry:
     text, reasoning, finish_reason, tool_calls, usage, timings
         The answer, as in a result.
     error
-        Why there is none.
+        Why there is none. Where the entry itself cannot be read, ``finish_reason`` is ``unreadable`` and this
+        says why.
     """
 
     number: int = 0
@@ -212,11 +215,15 @@ class History:
         ModelNotFound
             The model is not loaded; the message says how to load it.
         RequestError
-            A model of that name has other weights, and ``model`` does not say that this is meant.
+            A model of that name has other weights, and ``model`` does not say that this is meant; or the
+            entry cannot be read.
         """
         if self._ask is None:
             raise RequestError("this history is not of a session: use nb.history().")
-        return self._ask(self[number], model)
+        entry = self[number]
+        if entry.finish_reason == UNREADABLE:
+            raise RequestError(f"request {entry.number} cannot be asked again: {entry.error}")
+        return self._ask(entry, model)
 
     def __repr__(self) -> str:
         state = "recording" if self.recording else "not recording: nb.history(record=True) begins"
@@ -238,14 +245,14 @@ class History:
 
     def add(self, entry: Entry) -> None:
         """Append an entry, and let the oldest go when there are too many; a failure is only a warning."""
-        text = _write(entry)
-        size = len(text.encode())
         try:
+            text = _write(entry)
+            size = len(text.encode())
             with closing(self._open()) as db, db:
                 db.execute("INSERT INTO requests (bytes, entry) VALUES (?, ?)", (size, text))
                 db.execute(_TOO_OLD, (self.limit,))
                 db.execute(_TOO_MANY_BYTES, (max(size, MAX_BYTES),))
-        except (OSError, sqlite3.Error) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the answer is there and counts more
             warnings.warn(f"{self.path}: the request was not recorded: {error}", HistoryWarning, stacklevel=3)
 
     def clear(self) -> None:
@@ -256,8 +263,9 @@ class History:
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Made here, for this user only, before SQLite would make it for everybody; its journal takes the
-        # file's mode.
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        # file's mode. Only where there is none: closing a file drops SQLite's locks on it.
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         if self.path.stat().st_mode & 0o077:
             self.path.chmod(0o600)
         db = sqlite3.connect(self.path, timeout=10)
@@ -299,25 +307,51 @@ def _plain(value: Any) -> Any:
 
 
 def _read(number: int, text: str) -> Entry:
-    values = json.loads(text)
-    request = values["request"]
-    sampling = request["sampling"]
-    sampling["logit_bias"] = {int(token): bias for token, bias in sampling["logit_bias"].items()}
+    """Return an entry, whichever version wrote it; one that cannot be read says so as its error."""
+    try:
+        return _parse(number, json.loads(text))
+    except Exception as error:  # noqa: BLE001 - one entry must not hide the others
+        why = f"{type(error).__name__}: {error!s:.200}"
+    return _parse(number, {"finish_reason": UNREADABLE, "error": f"this entry cannot be read: {why}"})
+
+
+def _parse(number: int, values: Mapping[str, Any]) -> Entry:
+    request = _known(CompletionRequest, values.get("request") or {"prompt": ""})
+    sampling = _known(Sampling, request.get("sampling") or {})
+    if "logit_bias" in sampling:
+        sampling["logit_bias"] = {int(token): bias for token, bias in sampling["logit_bias"].items()}
     request["sampling"] = Sampling(**sampling)
-    constraint = request["constraint"]
+    constraint = request.get("constraint")
     if constraint is not None:
         request["constraint"] = Constraint(constraint["kind"], constraint["value"])
-    request["images"] = tuple(base64.b64decode(image) for image in request["images"])
+    request["images"] = tuple(base64.b64decode(image) for image in request.get("images") or ())
     for name in ("messages", "stop", "tools"):
-        request[name] = None if request[name] is None else tuple(request[name])
-    if isinstance(request["prompt"], list):
+        if request.get(name) is not None:
+            request[name] = tuple(request[name])
+    if isinstance(request.get("prompt"), list):
         request["prompt"] = tuple(request["prompt"])
-    values |= {
-        "at": datetime.fromisoformat(values["at"]),
-        "request": CompletionRequest(**request),
-        "tool_calls": tuple(values["tool_calls"]),
-    }
-    return Entry(number=number, **values)
+    found = _known(Entry, values)
+    texts = ("model", "ref", "where", "engine", "digest", "prompt", "text", "finish_reason")
+    found |= {name: str(values.get(name) or "") for name in texts}
+    found |= {name: dict(values.get(name) or {}) for name in ("params", "usage", "timings")}
+    at = values.get("at")
+    return Entry(
+        **found
+        | {
+            "number": number,
+            "at": datetime.fromtimestamp(0, UTC)
+            if at is None
+            else datetime.fromisoformat(at).astimezone(UTC),
+            "request": CompletionRequest(**request),
+            "tool_calls": tuple(values.get("tool_calls") or ()),
+        }
+    )
+
+
+def _known(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that this version knows; one written by another may have more, or fewer."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
 
 
 def now() -> datetime:

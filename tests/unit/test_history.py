@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import json
+import sqlite3
 import stat
 import subprocess
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -201,6 +205,79 @@ def test_an_answer_comes_although_the_log_cannot_be_written(tmp_path: Path, ask:
             assert ask().infer("x").text
     finally:
         nb.history(record=False)
+
+
+def test_reading_the_log_leaves_the_locks_of_this_process_alone(log: History, ask: Any) -> None:
+    ask().infer("x")
+    with closing(sqlite3.connect(log.path)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        assert len(log) == 1, "a reader is let in"
+        write = f"import sqlite3; sqlite3.connect({str(log.path)!r}, timeout=0).execute('BEGIN IMMEDIATE')"
+        done = subprocess.run([sys.executable, "-c", write], capture_output=True, text=True, check=False)
+    assert "database is locked" in done.stderr
+
+
+def test_an_answer_comes_although_json_has_no_word_for_what_was_asked(log: History, ask: Any) -> None:
+    tool = {"type": "function", "function": {"name": "f", "extra": object()}}
+    request = dataclasses.replace(sessions.prepare("x").request, tools=(tool,))
+    with pytest.warns(HistoryWarning, match="not recorded"):
+        log.add(sessions._entry(ask(), request, nb.Result(text="x", model="fake"), None))
+    assert len(log) == 0
+
+
+def _rewrite(log: History, number: int, change: Callable[[dict[str, Any]], object]) -> None:
+    with closing(sqlite3.connect(log.path)) as db, db:
+        (text,) = db.execute("SELECT entry FROM requests WHERE number = ?", (number,)).fetchone()
+        values = json.loads(text)
+        text = change(values) or json.dumps(values)
+        db.execute("UPDATE requests SET entry = ? WHERE number = ?", (text, number))
+
+
+def test_entries_of_another_version_are_read_as_far_as_they_are_known(log: History, ask: Any) -> None:
+    model = ask()
+    first = model.infer("x", seed=3).text
+    request = log[1].request
+
+    def newer(values: dict[str, Any]) -> None:
+        values["mood"] = values["request"]["mood"] = values["request"]["sampling"]["mood"] = "new"
+        for name in ("timings", "tool_calls", "digest"):
+            del values[name]
+        del values["request"]["images"], values["request"]["sampling"]["logit_bias"]
+
+    _rewrite(log, 1, newer)
+    entry = log[1]
+    assert (entry.request, entry.text, entry.params["seed"]) == (request, first, 3)
+    assert (entry.timings, entry.tool_calls, entry.digest) == ({}, (), "")
+    assert nb.history().replay(1).text == first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda _: "{",
+        lambda _: "[]",
+        lambda values: values.update(at="yesterday"),
+        lambda values: values.update(params=[1]),
+        lambda values: values["request"].update(messages=None),
+        lambda values: values["request"]["sampling"].update(temperature=99),
+    ],
+    ids=["no json", "no object", "at", "params", "messages", "sampling"],
+)
+def test_an_entry_that_cannot_be_read_is_a_row_and_hides_no_other(
+    log: History, ask: Any, change: Callable[[dict[str, Any]], object]
+) -> None:
+    model = ask()
+    model.infer("x")
+    model.infer("y")
+    _rewrite(log, 1, change)
+    frame = nb.history().frame()
+    assert list(frame.index) == [1, 2]
+    assert "cannot be read" in frame.loc[1, "error"]
+    assert frame["error"].isna().loc[2]
+    assert "2 requests" in repr(log)
+    assert log._repr_mimebundle_()
+    with pytest.raises(RequestError, match="cannot be read"):
+        nb.history().replay(1, model=model)
 
 
 @pytest.mark.parametrize("limit", [0, -1, True, "9"])
