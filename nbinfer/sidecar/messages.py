@@ -30,6 +30,7 @@ class Tool(Body):
     """A tool that the answer may call."""
 
     name: str = Field(min_length=1)
+    type: str | None = None
     description: str = ""
     input_schema: dict[str, Any] = Field(default_factory=lambda: {"type": "object"})
 
@@ -72,6 +73,12 @@ class CountBody(Body):
         messages = [] if self.system is None else [{"role": "system", "content": _text(self.system)}]
         for i, message in enumerate(self.messages):
             messages += _messages(message, i)
+        for i, tool in enumerate(self.tools or ()):
+            if tool.type not in (None, "custom"):
+                raise RequestError(
+                    f"tools[{i}] has type {tool.type!r:.60}, which runs on a server elsewhere.\n"
+                    'Here a tool is the caller\'s own: leave type out, or "custom", and give input_schema.'
+                )
         thinks = None if self.thinking is None else _THINKS.get(self.thinking.type)
         return ChatBody(
             model=self.model,
@@ -186,9 +193,10 @@ def _messages(message: dict[str, Any], i: int) -> list[dict[str, Any]]:  # noqa:
         out.append({"role": role, "content": texts or None, "tool_calls": calls})
     elif parts:
         out.append({"role": role, "content": parts})
-    if not out:
+    if not out and role != "assistant":
         raise RequestError(f"messages[{i}] holds nothing.")
-    return out
+    # A turn without a word keeps its place: what was only thought, or an answer that ended at once.
+    return out or [{"role": role, "content": ""}]
 
 
 def _part(block: Any, kind: Any, i: int) -> dict[str, Any]:

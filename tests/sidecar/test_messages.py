@@ -181,6 +181,26 @@ def test_blocks_become_messages_that_the_template_knows() -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    [[], [{"type": "thinking", "thinking": "hm", "signature": ""}], [{"type": "redacted_thinking"}]],
+    ids=str,
+)
+def test_an_assistant_turn_without_a_word_keeps_its_place(content: Any) -> None:
+    turn = {"role": "assistant", "content": content}
+    request = body(messages=[*QUESTION, turn, {"role": "user", "content": "Go on."}]).request()
+    assert request.messages is not None
+    assert [message["role"] for message in request.messages] == ["user", "assistant", "user"]
+    assert request.messages[1]["content"] == ""
+
+
+def test_a_tool_is_the_callers_own_and_a_servers_is_refused() -> None:
+    for kind in (None, "custom"):
+        assert len(body(tools=[{**TOOL, "type": kind}]).request().tools) == 1
+    with pytest.raises(RequestError, match=r"tools\[1\] has type 'web_search_20250305'"):
+        body(tools=[TOOL, {"type": "web_search_20250305", "name": "web_search"}]).request()
+
+
+@pytest.mark.parametrize(
     "given",
     [
         {"messages": [{"role": "tool", "content": "x"}]},
