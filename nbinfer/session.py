@@ -942,6 +942,7 @@ def load(
     asked = _engine_options(
         resolved,
         actual_mode,
+        {"confirm": None if force else _confirm_download},
         context_size=context_size,
         gpu_layers=gpu_layers,
         kv_type=kv_type,
@@ -1012,10 +1013,12 @@ def _check_place(where: str) -> None:
         raise ConfigError(f"where={where!r}: use 'kernel' or 'sidecar'.")
 
 
-def _engine_options(resolved: Any, mode: Mode, **options: Any) -> dict[str, Any]:
-    """Return what is asked of the engine, without what is left open."""
+def _engine_options(
+    resolved: Any, mode: Mode, fetching: Mapping[str, Any], /, **options: Any
+) -> dict[str, Any]:
+    """Return what is asked of the engine, without what is left open; ``fetching`` is for ``resolve``."""
     if options.get("speculative") is not None:
-        options["speculative"] = _speculative(options["speculative"])
+        options["speculative"] = _speculative(options["speculative"], fetching)
     asked = {key: value for key, value in options.items() if value is not None}
     if resolved.projector is not None and mode == Mode.COMPLETION:
         asked.setdefault("projector", resolved.projector)
@@ -1087,7 +1090,7 @@ def dry_run(
     actual_mode = _natural_mode(resolved) if mode is None else _mode(mode)
     force = bool(options.pop("force", False))
     options.pop("progress", None)
-    asked = _engine_options(resolved, actual_mode, **options)
+    asked = _engine_options(resolved, actual_mode, {"download": False}, **options)
     adapter = backends.for_format(resolved.format, backend)
     chosen = name or resolved.name
     known = session.named(chosen)
@@ -1196,7 +1199,7 @@ def _mode(asked: Mode | str) -> Mode:
         raise ConfigError(f"mode={asked!r} is unknown: use one of {', '.join(Mode)}.") from e
 
 
-def _speculative(asked: Any) -> Any:
+def _speculative(asked: Any, fetching: Mapping[str, Any]) -> Any:
     """What the contract calls ``speculative``, with the draft model's file found."""
     from nbinfer.contract.config import SpeculativeConfig
     from nbinfer.engines.llamacpp import Speculative
@@ -1209,7 +1212,9 @@ def _speculative(asked: Any) -> Any:
             'speculative is True, to guess from the prompt, or a dict such as {"num_tokens": 4}.'
         )
     config = asked if isinstance(asked, SpeculativeConfig) else SpeculativeConfig(**asked)
-    draft = None if config.draft_model is None else resolve(config.draft_model, aliases=session.aliases).path
+    draft = None
+    if config.draft_model is not None:
+        draft = resolve(config.draft_model, aliases=session.aliases, **fetching).path
     return Speculative(
         draft_path=draft,
         num_tokens=config.num_tokens,

@@ -11,6 +11,7 @@ from support.fake_hub import COMMIT, FakeHub
 from support.model_stores import CONFIG, gguf, gguf_part, isolate, safetensors, sha256
 from support.pipelines import write_pipeline
 
+from nbinfer import session
 from nbinfer.contract.errors import DoesNotFit, ModelLoadError, ModelNotFound
 from nbinfer.contract.modes import Mode
 from nbinfer.models import discover, hub, peek, pull, resolve
@@ -138,6 +139,21 @@ def test_the_question_comes_before_the_first_byte_of_weights(server: FakeHub) ->
     assert server.weight_requests == []
     assert asked[0].header.context_length == 512
     assert asked[0].free_disk > 0
+
+
+def test_a_draft_model_is_downloaded_by_a_load_alone_and_not_before_the_question(
+    server: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: RemoteModel) -> None:
+        raise DoesNotFit(f"{model.name} needs {model.n_bytes:,} bytes.")
+
+    monkeypatch.setattr(session, "_confirm_download", refuse)
+    drafted: Any = {"speculative": {"draft_model": "hf:o/m-GGUF:Q8_0"}}
+    with pytest.raises(ModelNotFound, match="not on this disk"):
+        session.dry_run("demo", **drafted)
+    with pytest.raises(DoesNotFit, match="m-GGUF:Q8_0 needs"):
+        session.load("demo", **drafted)
+    assert server.weight_requests == []
 
 
 def test_a_model_that_is_here_is_not_asked_about(server: FakeHub) -> None:
