@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from nbinfer.contract import status as words
-from nbinfer.contract.errors import BackendUnavailable, ConfigError, ModelNotFound, NotSupported
+from nbinfer.contract.errors import BackendUnavailable, ConfigError, ModelNotFound, NbinferError, NotSupported
 from nbinfer.contract.status import BackendStatus, StatusWord
 
 if TYPE_CHECKING:
@@ -205,7 +205,12 @@ def _listed(endpoint: Any) -> dict[str, Any]:
     """
     from nbinfer.engines.remote.engine import list_models
 
-    models = list_models(endpoint, timeout=_LIST_SECONDS)
+    try:
+        models = list_models(endpoint, timeout=_LIST_SECONDS)
+    except NbinferError as error:
+        if not isinstance(error, BackendUnavailable):
+            error.add_note("check=False loads the model without asking for the list.")
+        raise
     for each in models:
         if endpoint.model == each.get("id") or endpoint.model in (each.get("aliases") or ()):
             return each

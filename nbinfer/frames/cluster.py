@@ -313,7 +313,8 @@ class OnCluster(Switchboard):
         if self._stopping and not self._chunks:
             # Who asks again is not stopped.
             self._run, self._stopping = uuid.uuid4().hex, False
-        while len(self._chunks) < self.places:
+        alone = any(chunk.alone for chunk in self._chunks)
+        while not alone and len(self._chunks) < self.places:
             if self._halves:
                 chunk = self._halves.popleft()
                 chunk.jobs = [job for job in chunk.jobs if not job.stream.done]

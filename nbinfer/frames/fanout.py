@@ -25,7 +25,7 @@ from nbinfer.contract.errors import (
     RequestError,
 )
 from nbinfer.contract.results import Finished
-from nbinfer.engines.remote.wire import Unreachable, info_from_json
+from nbinfer.engines.remote.wire import NO_ANSWER, STOPPING, Busy, Unreachable, info_from_json
 from nbinfer.frames.switchboard import Job, Switchboard
 from nbinfer.frames.work import identity, weights
 
@@ -44,10 +44,15 @@ CONCURRENCY = 8
 
 # The server is at fault, not the row: another may do.
 _LOST = (Unreachable, EngineClosed, BackendUnavailable, ModelNotFound)
+_ABSENT = (NO_ANSWER, STOPPING)
 _LIST_SECONDS, _LOAD_SECONDS = 10.0, 600.0
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
+# As long as a busy server may ask to be left alone.
+_LONGEST_ASKED = 60.0
 # A server that fails so many different rows in a row is not well.
 _STRIKES = 3
+# A row that failed so often is an error, also where there are servers that it was not at.
+_ERRORS = 3
 # A row that was with so many well servers when they were lost may be why.
 _LOSSES = 3
 PATIENCE = 60.0
@@ -66,6 +71,10 @@ class Place:
         The model there.
     limit
         Requests at once.
+    allowed
+        Requests at once now: fewer for a while after it said that it has too much to do.
+    busy
+        How often it has said so since it last answered.
     check
         Raises when the server is not there; None: nobody knows better than its connection.
     """
@@ -78,11 +87,16 @@ class Place:
     answered: int = 0
     failures: int = 0
     losses: int = 0
-    strikes: int = 0
+    strikes: set[Job] = field(default_factory=set)
+    allowed: int = 0
+    busy: int = 0
     note: str = ""
     again_at: float = 0.0
     heard_at: float = 0.0
     checking: bool = False
+
+    def __post_init__(self) -> None:
+        self.allowed = self.limit
 
     @property
     def well(self) -> bool:
@@ -91,9 +105,9 @@ class Place:
 
     def room(self, now: float) -> int:
         """Return how many more requests it may have; one that was lost is tried with one."""
-        if self.well:
-            return self.limit - len(self.running)
-        return 1 - len(self.running) if now >= self.again_at else 0
+        if now < self.again_at:
+            return 0
+        return (self.allowed if self.well else 1) - len(self.running)
 
 
 class FanOut(Switchboard):
@@ -116,7 +130,10 @@ class FanOut(Switchboard):
         super().__init__()
         self._places = places
         self._patience = patience
-        self._alone_since: float | None = None
+        # Seconds without a server, and when that was last looked at, if there was none then.
+        self._alone = 0.0
+        self._alone_at: float | None = None
+        self._assigned_at = 0.0
         first = places[0].model
         self.name = first.name
         self.digest = _same_weights(places)
@@ -144,14 +161,15 @@ class FanOut(Switchboard):
 
     def pause(self) -> float:
         """Return the seconds until something may have to be done without anything happening."""
-        waits = [p.again_at - time.monotonic() for p in self._places if not p.well]
+        waits = [p.again_at - time.monotonic() for p in self._places if p.again_at > self._assigned_at]
         return max(0.02, min([1.0, *waits]))
 
     def assign(self, *, quiet: bool) -> None:
         """Give waiting rows to servers with room, the emptiest first."""
-        now = time.monotonic()
-        if quiet:
-            self._ask_the_silent(now)
+        del quiet
+        self._assigned_at = now = time.monotonic()
+        # Others that answer must not hide one that does not.
+        self._ask_the_silent(now)
         while free := [place for place in self._places if place.room(now) > 0]:
             found = next(
                 ((job, place) for job in self.waiting if (place := self._best(job, free)) is not None), None
@@ -169,10 +187,11 @@ class FanOut(Switchboard):
         others = [place for place in free if place not in job.tried]
         if not others and any(place.well and place not in job.tried for place in self._places):
             return None
-        return min(others or free, key=lambda place: (not place.well, len(place.running) / place.limit))
+        return min(others or free, key=lambda place: (not place.well, len(place.running) / place.allowed))
 
     def _send(self, place: Place, job: Job) -> None:
-        place.heard_at = max(place.heard_at, time.monotonic()) if place.running else time.monotonic()
+        if not place.running:
+            place.heard_at = time.monotonic()
         was_well = place.well
         try:
             stream = place.model.submit(job.request)
@@ -197,8 +216,12 @@ class FanOut(Switchboard):
             self._failed(place, job, lost, was_well=was_well)
             return
         self._heard(place, was_well=was_well)
-        place.strikes = 0
+        place.strikes.clear()
         place.answered += 1
+        # What was sent before it had too much to do says nothing of now.
+        if place.heard_at >= place.again_at:
+            place.busy = 0
+            place.allowed = min(place.limit, place.allowed + 1)
         job.stream.put(Finished(result))
 
     def _heard(self, place: Place, *, was_well: bool) -> None:
@@ -210,33 +233,59 @@ class FanOut(Switchboard):
     def _failed(self, place: Place, job: Job, error: NbinferError, *, was_well: bool) -> None:
         if job.stream.cancelled:
             job.stream.fail(error)
-            return
-        if isinstance(error, _LOST):
-            job.losses += was_well
-            self._down(place, error)
+        elif isinstance(error, Busy):
+            self._busy(place, error, was_well=was_well)
+            self.waiting.appendleft(job)
+        elif isinstance(error, _LOST):
+            self._lost(place, job, error, was_well=was_well)
         elif type(error) is EngineError:
-            # The row may be the reason, or this server: another one tells which.
-            place.strikes += 1
-            if place.strikes >= _STRIKES and len(self._places) > 1:
-                self._down(place, error)
-            else:
-                self._heard(place, was_well=was_well)
+            self._struck(place, job, error, was_well=was_well)
         else:
             self._heard(place, was_well=was_well)
             job.stream.fail(error)
-            return
+
+    def _lost(self, place: Place, job: Job, error: NbinferError, *, was_well: bool) -> None:
         job.tried.add(place)
+        job.losses += was_well
+        self._down(place, error, was_well=was_well)
         if job.losses >= _LOSSES:
             job.stream.fail(
                 EngineError(f"{job.losses} servers were lost while they had this row: {error!s:.200}")
             )
-        elif isinstance(error, _LOST) or not job.tried.issuperset(self._places):
-            self.waiting.appendleft(job)
         else:
-            job.stream.fail(error)
+            self.waiting.appendleft(job)
 
-    def _down(self, place: Place, error: NbinferError) -> None:
-        """Take a lost server's rows back, and leave it alone for a while."""
+    def _struck(self, place: Place, job: Job, error: EngineError, *, was_well: bool) -> None:
+        """Ask for a row elsewhere: it may be the reason, or this server."""
+        job.tried.add(place)
+        job.errors += 1
+        place.strikes.add(job)
+        if len(place.strikes) >= _STRIKES and len(self._places) > 1:
+            self._down(place, error, was_well=was_well)
+        else:
+            self._heard(place, was_well=was_well)
+        if job.errors >= _ERRORS or job.tried.issuperset(self._places):
+            job.stream.fail(error)
+        else:
+            # Last: if the server is the reason, the rows before it tell.
+            self.waiting.append(job)
+
+    def _busy(self, place: Place, error: Busy, *, was_well: bool) -> None:
+        """Give a server that has too much to do fewer rows, and those later: it is there."""
+        self._heard(place, was_well=was_well)
+        now, wait = place.heard_at, min(error.retry_after, _LONGEST_ASKED)
+        # What was sent together is refused together, for one reason.
+        if now >= place.again_at:
+            place.busy += 1
+            place.allowed = max(1, place.allowed // 2)
+            wait = max(wait, _back_off(place.busy))
+        place.again_at = max(place.again_at, now + wait)
+
+    def _down(self, place: Place, error: Exception, *, was_well: bool) -> None:
+        """Leave a lost server alone for a while."""
+        if was_well and not place.well:
+            # It was sent before the outage that is known: this is not another one.
+            return
         if place.well:
             place.losses += 1
             often = f", {place.losses} times" if place.losses > 1 else ""
@@ -244,18 +293,23 @@ class FanOut(Switchboard):
             self.notes[:] = [each for each in self.notes if each != place.note] + [note]
             place.note = note
         place.failures += 1
-        wait = min(_FIRST_WAIT * 2 ** (place.failures - 1), _LONGEST_WAIT)
-        place.again_at = time.monotonic() + wait
+        place.again_at = time.monotonic() + _back_off(place.failures)
 
     def _wait_for_any(self, now: float) -> None:
         """End the run where no server has been there for long."""
         patience = PATIENCE if self._patience is None else self._patience
-        if not self.waiting or any(place.well for place in self._places):
-            self._alone_since = None
-        elif self._alone_since is None:
-            self._alone_since = now
-        elif now - self._alone_since > patience:
-            self._alone_since = None
+        if self._alone_at is not None:
+            self._alone += now - self._alone_at
+        self._alone_at = None
+        if not self.open or any(place.well and not place.busy for place in self._places):
+            self._alone = 0.0
+        elif any(place.running for place in self._places):
+            # A server that is tried again may take long over its row.
+            pass
+        elif self._alone <= patience:
+            self._alone_at = now
+        else:
+            self._alone = 0.0
             labels = ", ".join(place.label for place in self._places)
             lost = EngineClosed(
                 f"none of the servers has answered for {patience:.0f} s: {labels}.\n"
@@ -268,25 +322,25 @@ class FanOut(Switchboard):
         for place in self._places:
             silent = place.running and now - place.heard_at > QUIET
             if silent and place.check is not None and not place.checking:
-                place.checking = True
                 threading.Thread(target=self._check, args=(place,), name="nbinfer-check", daemon=True).start()
+                place.checking = True
 
     def _check(self, place: Place) -> None:
         try:
             place.check()
-        except NbinferError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it raises, the place is asked again later
             self.post(partial(self._checked, place, error))
         else:
             self.post(partial(self._checked, place, None))
 
-    def _checked(self, place: Place, error: NbinferError | None) -> None:
+    def _checked(self, place: Place, error: Exception | None) -> None:
         place.checking = False
-        if error is None:
+        if error is None or isinstance(error, Busy):
             # Slow, not gone.
             place.heard_at = time.monotonic()
             return
         taken, place.running = place.running, {}
-        self._down(place, error)
+        self._down(place, error, was_well=place.well)
         for job, stream in taken.items():
             stream.cancel()
             job.tried.add(place)
@@ -301,6 +355,11 @@ class FanOut(Switchboard):
                 return
         # Between two servers.
         job.stream.fail(EngineError("the request was interrupted."))
+
+
+def _back_off(times: int) -> float:
+    """Return the seconds before a server is tried again that failed so many times."""
+    return min(_FIRST_WAIT * 2.0 ** min(times - 1, 10), _LONGEST_WAIT)
 
 
 def _line(error: BaseException) -> str:
@@ -348,7 +407,7 @@ def open_endpoints(endpoints: Any, model: Any, mode: Mode) -> FanOut:
     ConfigError
         One is not an endpoint, or they do not serve the same model.
     BackendUnavailable
-        None of them answers.
+        None of them answers, or one wants another key.
     """
     if isinstance(endpoints, str | Mapping) or not isinstance(endpoints, Iterable):
         endpoints = [endpoints]
@@ -360,7 +419,9 @@ def open_endpoints(endpoints: Any, model: Any, mode: Mode) -> FanOut:
     for each in given:
         try:
             places.append(_place(each, mode))
-        except BackendUnavailable as error:
+        except NbinferError as error:
+            if not isinstance(error, Unreachable) and getattr(error, "code", None) not in _ABSENT:
+                raise
             absent.append((_label(each), error))
     if not places:
         raise absent[0][1]

@@ -29,6 +29,7 @@ class Job:
         self.stream = Stream(on_cancel=lambda: cancel(self))
         # What it has been through; each switchboard counts in its own way.
         self.losses = 0
+        self.errors = 0
         self.tried: set[Any] = set()
 
 

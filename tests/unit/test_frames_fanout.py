@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,15 +15,20 @@ from support.sidecar import until
 from nbinfer.contract.errors import (
     BackendUnavailable,
     ConfigError,
+    DoesNotFit,
     EngineClosed,
     EngineError,
+    ModelLoadError,
     NotSupported,
     RequestError,
 )
-from nbinfer.engines.remote.wire import Unreachable
+from nbinfer.contract.results import Finished, Result
+from nbinfer.engines.remote.wire import Busy, Unreachable
+from nbinfer.engines.stream import Stream
 from nbinfer.frames import classify, complete, embed, last_run, submit
 from nbinfer.frames import fanout as fanouts
 from nbinfer.frames.fanout import FanOut, Place, open_endpoints
+from nbinfer.frames.switchboard import Job
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -245,3 +251,186 @@ def test_the_thread_goes_when_nothing_is_asked() -> None:
     complete(["a", "b"], model=model, progress=False)
     until(lambda: model._thread is None)
     assert list(complete(["c"], model=model, progress=False)["completion"]) == ["c"]
+
+
+class Board:
+    """A fan-out whose thread's work a test does by hand, at a time of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str, limit: int = 4, **options: Any) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(fanouts, "time", SimpleNamespace(monotonic=lambda: self.now))
+        models = [chat_model(lambda request: [HANG]) for _ in names]
+        self.places = [Place(m, name, limit) for m, name in zip(models, names, strict=True)]
+        self.fan = FanOut(self.places, **options)
+        for place in self.places:
+            monkeypatch.setattr(place.model, "submit", lambda request: Stream())
+
+    def add(self, *names: str) -> list[Job]:
+        jobs = [Job(name, lambda job: None) for name in names]
+        self.fan._open.update(jobs)
+        self.fan.waiting.extend(jobs)
+        self.assign()
+        return jobs
+
+    def assign(self, seconds: float = 0.0) -> None:
+        self.now += seconds
+        self.fan.assign(quiet=False)
+
+    def answer(self, place: Place, job: Job, how: Exception | Result) -> None:
+        """End a request at a place, and do what follows from that."""
+        if isinstance(how, Exception):
+            place.running[job].fail(how)
+        else:
+            place.running[job].put(Finished(how))
+        while not self.fan._actions.empty():
+            self.fan._actions.get()()
+            self.assign()
+
+
+OK = Result(text="ok", finish_reason="stop", model="fake")
+
+
+def test_an_outage_counts_once_however_many_rows_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    board = Board(monkeypatch, "one")
+    (one,) = board.places
+    jobs = board.add("a", "b", "c", "d")
+    for job in jobs:
+        board.answer(one, job, Unreachable("gone"))
+    assert one.failures == 1
+    assert one.again_at == board.now + 0.5
+    board.assign(0.5)
+    (probe,) = one.running
+    board.answer(one, probe, Unreachable("gone"))
+    assert one.failures == 2
+    assert one.again_at == board.now + 1.0
+
+
+def test_a_server_that_is_tried_again_may_take_longer_than_the_patience(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    board = Board(monkeypatch, "one", patience=5)
+    (one,) = board.places
+    jobs = board.add("a", "b")
+    for job in jobs:
+        board.answer(one, job, Unreachable("gone"))
+    board.assign(1)
+    (probe,) = one.running
+    board.assign(100)
+    assert not any(job.stream.done for job in jobs)
+    board.answer(one, probe, OK)
+    assert len(one.running) == 1
+    # Between tries the time counts, also when the last row is with the server at each.
+    (last,) = one.running
+    for _ in range(20):
+        if one.running:
+            board.answer(one, last, Unreachable("gone"))
+            # It is not the row that is to blame here.
+            last.losses = 0
+        board.assign(1)
+    with pytest.raises(EngineClosed, match="none of the servers has answered"):
+        last.stream.result(timeout=0)
+
+
+def test_a_bad_row_does_not_take_the_only_server_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    board = Board(monkeypatch, "one", "two", limit=1)
+    one, two = board.places
+    two.failures, two.again_at = 1, board.now + 1000
+    (bad,) = board.add("bad")
+    for _ in range(3):
+        assert one.running
+        board.answer(one, bad, EngineError("500"))
+        assert one.well
+    with pytest.raises(EngineError, match="500"):
+        bad.stream.result(timeout=0)
+    # Three different rows do.
+    for job in board.add("a", "b"):
+        board.answer(one, job, EngineError("500"))
+    assert not one.well
+
+
+def test_a_busy_server_gets_its_row_again_later_and_fewer_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    board = Board(monkeypatch, "one")
+    (one,) = board.places
+    jobs = board.add("a", "b", "c", "d")
+    for _ in range(4):
+        asked_to_wait = Busy("429")
+        asked_to_wait.retry_after = 7.0
+        for job in list(one.running):
+            board.answer(one, job, asked_to_wait)
+        assert one.well
+        assert not one.running
+        board.assign(6)
+        assert not one.running
+        board.assign(1)
+    # Refused more often than a row may be lost, and none is an error.
+    assert [job.losses for job in jobs] == [0] * 4
+    assert (len(one.running), one.losses, board.fan.notes) == (1, 0, [])
+    while one.running:
+        board.answer(one, next(iter(one.running)), OK)
+    assert all(job.stream.result(timeout=0) is OK for job in jobs)
+    assert one.allowed == 4
+
+
+def test_servers_that_are_always_busy_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    board = Board(monkeypatch, "one", patience=5)
+    (one,) = board.places
+    (job,) = board.add("a")
+    for _ in range(30):
+        if one.running:
+            board.answer(one, job, Busy("503"))
+        board.assign(1)
+    with pytest.raises(EngineClosed, match="none of the servers has answered"):
+        job.stream.result(timeout=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "gone"),
+    [(ZeroDivisionError("a bug"), True), (BackendUnavailable("no"), True), (Busy("503"), False)],
+)
+def test_a_silent_server_is_found_out_while_another_answers(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, gone: bool
+) -> None:
+    board = Board(monkeypatch, "silent", "well", limit=2)
+    silent, well = board.places
+    started: list[Any] = []
+
+    def thread(**options: Any) -> Any:
+        started.append(options)
+        return SimpleNamespace(start=lambda: None)
+
+    monkeypatch.setattr(fanouts, "threading", SimpleNamespace(Thread=thread))
+
+    def check() -> None:
+        raise error
+
+    silent.check = check
+    board.add(*"abcdefgh")
+    for _ in range(4):
+        board.now += fanouts.QUIET / 2
+        board.answer(well, next(iter(well.running)), OK)
+    (given,) = started
+    given["target"](*given["args"])
+    board.fan._actions.get()()
+    assert not silent.checking
+    assert silent.well is not gone
+    assert bool(silent.running) is not gone
+
+
+@pytest.mark.parametrize(
+    "error", [DoesNotFit("too large"), ModelLoadError("broken"), BackendUnavailable("no")]
+)
+def test_only_a_server_that_does_not_answer_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    model, place = chat_model(), fanouts._place
+
+    def opened(given: Any, mode: Any) -> Place:
+        if given["model"] is model:
+            return place(given, mode)
+        raise error
+
+    monkeypatch.setattr(fanouts, "_place", opened)
+    with pytest.raises(type(error)):
+        open_endpoints([model, chat_model()], None, model.mode)
+    error = Unreachable("502")
+    assert open_endpoints([model, chat_model()], None, model.mode).places == 1

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nbinfer.engines.remote.unix import Answer, BrokenConnectionError, UnixClient
-from nbinfer.engines.remote.wire import error_from_json
+from nbinfer.engines.remote.wire import Busy, error_from_json
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator, Mapping
@@ -207,7 +207,10 @@ def _openai_errors() -> Iterator[None]:
     try:
         yield
     except openai.APIStatusError as error:
-        raise error_from_json(_body(error.response, error.body), error.status_code) from None
+        found = error_from_json(_body(error.response, error.body), error.status_code)
+        if isinstance(found, Busy):
+            found.retry_after = _seconds(error.response.headers.get("retry-after"))
+        raise found from None
     except openai.APIConnectionError as error:
         raise ConnectionLostError(str(error.__cause__ or error)) from None
     except openai.APIError as error:
@@ -217,6 +220,11 @@ def _openai_errors() -> Iterator[None]:
         if type(error).__module__.partition(".")[0].startswith(("httpx", "httpcore")):
             raise ConnectionLostError(str(error)) from None
         raise
+
+
+def _seconds(header: str | None) -> float:
+    """Return a ``Retry-After`` that is a number; 0: there is none, or it is a date."""
+    return float(header) if header is not None and header.isdecimal() else 0.0
 
 
 def _body(response: Any, body: Any) -> Any:

@@ -59,6 +59,8 @@ from nbinfer.engines.remote.clients import (
     OwnClient,
 )
 from nbinfer.engines.remote.wire import (
+    DENIED,
+    NO_ANSWER,
     RunnerLost,
     Unreachable,
     completion_body,
@@ -131,7 +133,9 @@ def list_models(endpoint: Endpoint, *, timeout: float) -> list[dict[str, Any]]:
     Raises
     ------
     BackendUnavailable
-        It does not answer, or not in ``timeout`` seconds.
+        It does not answer, not in ``timeout`` seconds, or wants another key.
+    NbinferError
+        What it answers instead.
     """
     found = fetch_json(endpoint, "/v1/models", timeout=timeout)
     data = found.get("data") if isinstance(found, dict) else None
@@ -146,7 +150,10 @@ def fetch_json(
     Raises
     ------
     BackendUnavailable
-        It does not answer, not in ``timeout`` seconds, or not with what was asked for.
+        It does not answer, or not in ``timeout`` seconds: its code is ``NO_ANSWER``. Or it wants another
+        key.
+    NbinferError
+        What it answers instead.
     """
 
     async def ask() -> Any:
@@ -160,15 +167,20 @@ def fetch_json(
     try:
         return asyncio.run_coroutine_threadsafe(ask(), _loop.get()).result()
     except NbinferError as error:
+        if getattr(error, "code", None) != DENIED:
+            error.add_note(f"({endpoint.base_url} answered {path} with this.)")
+            raise
         raise BackendUnavailable(
             f"{endpoint.base_url} refuses to answer {path}: {error!s:.200}\n"
             "Check api_key, or pass check=False."
         ) from None
     except (ConnectionLostError, TimeoutError) as error:
-        raise BackendUnavailable(
+        absent = BackendUnavailable(
             f"no server answers at {endpoint.base_url} ({str(error) or 'it took too long':.200}).\n"
             "Start it, or check base_url."
-        ) from None
+        )
+        absent.code = NO_ANSWER  # type: ignore[attr-defined]
+        raise absent from None
 
 
 # -- the engine -----------------------------------------------------------------------------------------

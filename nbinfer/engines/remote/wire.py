@@ -42,8 +42,11 @@ _STATUS: tuple[tuple[type[NbinferError], tuple[int, str, str | None]], ...] = (
     (errors.ModelLoadError, (500, "server_error", "model_load_failed")),
     (NbinferError, (500, "server_error", None)),
 )
-# Too slow, too many requests, or a proxy without its server behind it.
-_LATER = (408, 425, 429, 502, 503, 504)
+# Too many requests, or not now.
+_BUSY = (408, 425, 429, 503)
+# A proxy without its server behind it.
+_LATER = (502, 504)
+_DENIED = (401, 403)
 # HTTP status: Anthropic's type of the error.
 _ANTHROPIC_ERRORS = {
     400: "invalid_request_error",
@@ -58,6 +61,10 @@ RUNNER_LOST = "runner_lost"
 """Code of the error that a request gets when the process that served it died."""
 STOPPING = "stopping"
 """Code of the error that a sidecar gives that is on its way out."""
+DENIED = "denied"
+"""Code of the error of a server that wants another key."""
+NO_ANSWER = "no_answer"
+"""Code of the error of a server that is not there, or says nothing."""
 
 
 # -- errors ---------------------------------------------------------------------------------------------
@@ -94,6 +101,15 @@ def error_body(
 
 class Unreachable(errors.EngineError):
     """The server does not answer, or says that it cannot now: the request may do elsewhere, or later."""
+
+
+class Busy(Unreachable):
+    """The server is there, and has too much to do now: the same request may do later.
+
+    ``retry_after`` is how many seconds it asks to be left alone; 0: it does not say.
+    """
+
+    retry_after: float = 0.0
 
 
 def shaped(path: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
@@ -167,6 +183,12 @@ def _by_status(message: str, found: Mapping[str, Any], status: int | None) -> Nb
         return errors.ModelNotFound(message)
     if status in (405, 501):
         return NotSupported(message)
+    if status in _BUSY:
+        return Busy(message)
+    if status in _DENIED:
+        denied = errors.EngineError(message)
+        denied.code = DENIED  # type: ignore[attr-defined]
+        return denied
     if status in _LATER:
         return Unreachable(message)
     return errors.EngineError(message)
