@@ -121,6 +121,8 @@ class VllmServer:
             *command_line(arguments, name=name, socket=self.socket, folder=folder),
             *flags,
         ]
+        # The user's key for another server: this one would ask it of us.
+        inherited = {key: value for key, value in os.environ.items() if key != "VLLM_API_KEY"}
         try:
             # A session of its own: the guard ends all of it, and an interrupt of a cell does not reach it.
             self._guard = subprocess.Popen(  # noqa: S603 - our own programs
@@ -129,7 +131,7 @@ class VllmServer:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, **environment(build.device, arguments), **_places(folder)},
+                env={**inherited, **environment(build.device, arguments), **_places(folder)},
             )
         except BaseException:
             folder.rmdir()

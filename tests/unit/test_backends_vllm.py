@@ -357,6 +357,9 @@ def test_a_key_for_another_server_does_not_reach_this_one(
     server = VllmServer(arguments(demo, mode=Mode.COMPLETION, device="cpu"), BUILD, name="x")
     with pytest.raises(ModelLoadError):
         server.wait_ready()
+    server.stop()
+    assert server._guard.stdout is not None
+    server._guard.stdout.close()
     assert "VLLM_NO_USAGE_STATS=1" in server.log.text()
     assert "smuggled" not in server.log.text()
 
