@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +78,7 @@ class LlamaServerEngine(RemoteEngine):
     # -- the loop's side --------------------------------------------------------------------------------
 
     def _client(self) -> OwnClient:
-        if self._made is None or self._made_in != os.getpid():
-            self._made_in = os.getpid()
+        if self._made is None:
             self._made = OwnClient(self._socket)
         assert isinstance(self._made, OwnClient)  # noqa: S101 - made above
         return self._made

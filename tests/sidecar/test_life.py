@@ -184,6 +184,25 @@ print(m.infer("What is the capital of France?").text, flush=True)
     ]  # fmt: skip
 
 
+def test_a_forked_child_that_unloads_leaves_its_parents_model(runtime: Path) -> None:
+    code = (
+        LOAD.format("0")
+        + """
+import os
+runner = m.engine.hold.pid
+if (child := os.fork()) == 0:
+    m.unload()
+    os._exit(0)
+os.waitpid(child, 0)
+print(m.infer("What is the capital of France?").text, m.engine.hold.pid == runner, flush=True)
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "The capital of France is Paris. True\n"
+
+
 def test_one_model_under_two_names_is_one_process(runtime: Path) -> None:
     models = [session.load("demo", where="sidecar", name=name, keep_alive=0) for name in ("one", "two")]
     answers = [model.infer("What is the capital of Peru?") for model in models]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -230,3 +231,43 @@ def test_vectors_without_counts_and_out_of_order_are_read(their: Server) -> None
     )
     model = their.load(mode="embedding")
     assert model.embed(["a", "b"]).ravel().tolist() == pytest.approx([0.6, 0.8, 0.0, 1.0])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_that_closes_an_engine_ends_nothing_of_its_parents(
+    their: Server, request: pytest.FixtureRequest
+) -> None:
+    goes_on = threading.Event()
+    request.addfinalizer(goes_on.set)
+
+    async def body() -> AsyncIterator[str]:
+        yield f"data: {json.dumps(piece('Hel'))}\n\n"
+        await asyncio.to_thread(goes_on.wait)
+        yield f"data: {json.dumps(piece('lo', finish='stop'))}\n\ndata: [DONE]\n\n"
+
+    their.answer = lambda _: StreamingResponse(body(), media_type="text/event-stream")
+    model = their.load()
+    engine: Any = model.engine
+    read, write = os.pipe()
+    engine._on_close = lambda: os.write(write, b"unloaded")
+    stream = model.stream("Hi", priority="batch")
+    pieces = iter(stream)
+    assert next(pieces) == "Hel"
+    if (child := os.fork()) == 0:
+        try:
+            running = engine.load().running
+            stream.cancel()
+            engine.close()
+            os.write(write, f"{running} {engine._batch} {engine._closed}".encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 100) == b"0 None True"
+    assert engine.load().running == 1
+    goes_on.set()
+    assert stream.result().text == "Hello"
+    model.unload()
+    assert os.read(read, 100) == b"unloaded"
+    os.close(read)
+    os.close(write)

@@ -13,6 +13,7 @@ import os
 import secrets
 import threading
 import time
+import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +184,19 @@ def fetch_json(
         raise absent from None
 
 
+_engines: weakref.WeakSet[RemoteEngine] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    """Have a forked child begin anew with every engine: closing one there ends nothing of its parent's."""
+    for engine in list(_engines):
+        engine._forget()  # noqa: SLF001 - this module's own
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
+
+
 # -- the engine -----------------------------------------------------------------------------------------
 
 
@@ -231,8 +245,8 @@ class RemoteEngine:
         self._prompt_tokens = 0
         # Made on the loop's thread, which owns them.
         self._made: Client | None = None
-        self._made_in = 0
         self._batch: asyncio.Semaphore | None = None
+        _engines.add(self)
 
     # -- callers' side ----------------------------------------------------------------------------------
 
@@ -331,7 +345,6 @@ class RemoteEngine:
         error = EngineClosed(f"{self._name} was unloaded while the request ran.")
         for stream in tasks:
             stream.fail(error)
-        loop = _loop.get()
 
         async def finish() -> None:
             for task in tasks.values():
@@ -342,12 +355,21 @@ class RemoteEngine:
                 await self._made.close()
                 self._made = None
 
-        future = asyncio.run_coroutine_threadsafe(finish(), loop)
-        if threading.current_thread().name != "nbinfer-remote":
-            with contextlib.suppress(Exception):
-                future.result(5)
+        if tasks or self._made is not None:
+            future = asyncio.run_coroutine_threadsafe(finish(), _loop.get())
+            if threading.current_thread().name != "nbinfer-remote":
+                with contextlib.suppress(Exception):
+                    future.result(5)
         if self._on_close is not None:
             self._on_close()
+
+    def _forget(self) -> None:
+        """In a forked child, leave to the parent what is the parent's: requests, connections and model."""
+        _inherited.append((self._tasks, self._made, self._batch, self._on_close))
+        # Another thread of the parent may have held the lock.
+        self._lock = threading.Lock()
+        self._tasks, self._waiting = {}, 0
+        self._made = self._batch = self._on_close = None
 
     # -- the loop's side --------------------------------------------------------------------------------
 
@@ -421,11 +443,7 @@ class RemoteEngine:
             raise _plain(error, self._name) from None
 
     def _client(self) -> Client:
-        if self._made is None or self._made_in != os.getpid():
-            # A forked child must not write into its parent's connections.
-            if self._made is not None:
-                _inherited.append(self._made)
-            self._made_in = os.getpid()
+        if self._made is None:
             endpoint = self._endpoint
             own = self._own and endpoint.socket is not None
             self._made = OwnClient(endpoint.socket or "") if own else OpenAIClient(endpoint)
