@@ -272,7 +272,7 @@ def test_an_entry_that_cannot_be_read_is_a_row_and_hides_no_other(
     _rewrite(log, 1, change)
     frame = nb.history().frame()
     assert list(frame.index) == [1, 2]
-    assert "cannot be read" in frame.loc[1, "error"]
+    assert "cannot be read" in str(frame.loc[1, "error"])
     assert frame["error"].isna().loc[2]
     assert "2 requests" in repr(log)
     assert log._repr_mimebundle_()
