@@ -29,7 +29,8 @@ def test_a_row_per_run_with_the_lengths_asked_for(model: Model) -> None:
     assert list(frame.columns) == list(COLUMNS)
     assert list(zip(frame["parallel"], frame["run"], strict=True)) == [(1, 1), (1, 2), (3, 1), (3, 2)]
     assert (frame["new_tokens"] == 6).all()
-    assert frame["prompt_tokens"].between(38, 40).all()
+    # Words are added while they fit: the last may be one of several tokens.
+    assert frame["prompt_tokens"].between(35, 40).all()
     assert (frame[["first_token_seconds", "prompt_tokens_per_second", "cpu_seconds"]] > 0).all(axis=None)
     assert (frame["peak_memory_bytes"] > 2**20).all()
     assert frame["load_seconds"].nunique() == 1
