@@ -218,17 +218,32 @@ def test_pickles_are_never_loaded(pipeline: Path, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_code_that_a_model_brings_is_never_run(
+def test_a_class_that_diffusers_does_not_have_is_never_run(
     pipeline: Path, tmp_path: Path, change: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     folder = broken(pipeline, tmp_path)
     index = folder / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | change))
-    marker = tmp_path / "ran"
-    (folder / "unet" / "other.py").write_text(f"open({str(marker)!r}, 'w')")
     with pytest.raises(error, match=words):
         session.load(str(folder))
+
+
+@pytest.mark.parametrize("name", ["unet/other.py", "unet/diffusers.py", "diffusers.py"])
+def test_code_that_a_model_brings_is_never_run(pipeline: Path, tmp_path: Path, name: str) -> None:
+    folder = broken(pipeline, tmp_path)
+    marker = tmp_path / "ran"
+    (folder / name).write_text(f"open({str(marker)!r}, 'w')")
+    with pytest.raises(SafetensorsParseError, match=r"brings code of its own.*never run"):
+        session.load(str(folder))
     assert not marker.exists()
+
+
+def test_a_component_that_asks_for_code_of_its_own_is_refused(pipeline: Path, tmp_path: Path) -> None:
+    folder = broken(pipeline, tmp_path)
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModel": "other.Evil"}}))
+    with pytest.raises(SafetensorsParseError, match=r"brings code of its own.*never run"):
+        session.load(str(folder))
 
 
 def test_damaged_weights_are_a_load_error_or_one_of_the_header(pipeline: Path, tmp_path: Path) -> None:
