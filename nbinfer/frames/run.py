@@ -688,13 +688,14 @@ class Run:
                 del plan.contents[job]
             key = plan.keys[job] if error is not None else plan.keys.pop(job)
         tokens = record.completion_tokens if record.completion_tokens is not None else record.prompt_tokens
+        # First kept, then counted: a row that the bar shows as done survives a kill.
+        if plan.journal is not None and work.lasting(record):
+            plan.journal.put(key, record, work, op=work.op, model=plan.model.info.model)
         self.progress.add(
             int(plan.rows_of[job]),
             tokens=tokens or 0,
             error=None if error is None else type(error).__name__,
         )
-        if plan.journal is not None and work.lasting(record):
-            plan.journal.put(key, record, work, op=work.op, model=plan.model.info.model)
         if error is not None:
             self._react(job, error)
 
