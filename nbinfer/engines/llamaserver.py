@@ -6,11 +6,10 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from nbinfer.contract.errors import EngineClosed, EngineError
 from nbinfer.engines.remote.clients import ConnectionLostError, Endpoint, OwnClient
 from nbinfer.engines.remote.engine import RemoteEngine
+from nbinfer.engines.vectors import as_asked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -118,11 +117,7 @@ class LlamaServerEngine(RemoteEngine):
             return await super()._embed(job, request)
         # The server has no such option: cut here, as our engine does, before lengths are made 1.
         found = await super()._embed(job, replace(request, dims=None, normalize=False))
-        vectors = found.vectors[:, : request.dims].copy()
-        if request.normalize:
-            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-            np.divide(vectors, lengths, out=vectors, where=lengths > 0)
-        return replace(found, vectors=vectors)
+        return replace(found, vectors=as_asked(found.vectors, request))
 
 
 def _rendering(request: CompletionRequest) -> tuple[str, dict[str, Any], str]:

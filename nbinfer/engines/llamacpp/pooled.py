@@ -25,6 +25,7 @@ from nbinfer.engines.alive import closed_on_error, register
 from nbinfer.engines.llamacpp.context import OK, Context, engine_version
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
+from nbinfer.engines.vectors import as_asked
 from nbinfer.memory import defaults
 
 if TYPE_CHECKING:
@@ -247,13 +248,9 @@ class PooledEngine:
                 ),
             )
             return
-        if job.request.dims is not None:
-            out = np.ascontiguousarray(out[:, : job.request.dims])
-        if job.request.normalize and len(out):
-            lengths = np.linalg.norm(out, axis=1, keepdims=True)
-            np.divide(out, lengths, out=out, where=lengths > 0)
+        vectors = as_asked(out, job.request)
         job.stream.put(
-            Finished(EmbeddingResult(vectors=out, n_tokens=counts, model=self._name, seconds=seconds))
+            Finished(EmbeddingResult(vectors=vectors, n_tokens=counts, model=self._name, seconds=seconds))
         )
 
     def _packs(self, tokens: list[NDArray[np.int32]]) -> list[list[int]]:

@@ -69,6 +69,7 @@ from nbinfer.engines.remote.wire import (
     vectors_from_wire,
 )
 from nbinfer.engines.stream import Stream
+from nbinfer.engines.vectors import unit_length
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -486,9 +487,8 @@ class RemoteEngine:
         dims = (request.dims or self.info.dimensions) if per_token else None
         vectors = vectors_from_wire((each["embedding"] for each in data), dims)
         details = body.get("nbinfer") or {}
-        if not self._own and request.normalize and len(vectors):
-            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-            np.divide(vectors, lengths, out=vectors, where=lengths > 0)
+        if not self._own and request.normalize:
+            vectors = unit_length(vectors)
         counts = details.get("n_tokens") or _spread((body.get("usage") or {}).get("prompt_tokens"), len(data))
         return EmbeddingResult(
             vectors=vectors,

@@ -22,6 +22,7 @@ from nbinfer.contract.requests import EmbeddingRequest, RerankRequest
 from nbinfer.contract.results import EmbeddingResult, Finished, PromptProgress, RerankResult
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
+from nbinfer.engines.vectors import as_asked
 from nbinfer.engines.vllm.generate import effective
 from nbinfer.engines.vllm.host import Host, words
 from nbinfer.engines.vllm.vocabulary import Vocabulary
@@ -216,7 +217,7 @@ class PooledEngine:
             result = RerankResult(scores=scores, n_tokens=counts, model=self._name, seconds=seconds)
         else:
             vectors = np.concatenate(parts) if parts else np.zeros((0, self.info.dimensions or 0), np.float32)
-            vectors = _finished(vectors, job.request)
+            vectors = as_asked(vectors, job.request)
             result = EmbeddingResult(vectors=vectors, n_tokens=counts, model=self._name, seconds=seconds)
         job.stream.put(Finished(result))
 
@@ -256,13 +257,3 @@ class PooledEngine:
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
-
-
-def _finished(vectors: Any, request: EmbeddingRequest) -> Any:
-    """The vectors cut and normalised as asked."""
-    if request.dims is not None:
-        vectors = np.ascontiguousarray(vectors[:, : request.dims])
-    if request.normalize and len(vectors):
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        np.divide(vectors, lengths, out=vectors, where=lengths > 0)
-    return vectors

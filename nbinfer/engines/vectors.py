@@ -1,0 +1,39 @@
+"""From the vectors that a model gives to those that were asked for: cut, then of length 1."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from nbinfer.contract.requests import EmbeddingRequest
+
+
+def as_asked(vectors: NDArray[np.float32], request: EmbeddingRequest) -> NDArray[np.float32]:
+    """Return vectors with the components and the length that a request wants.
+
+    Parameters
+    ----------
+    vectors
+        As the model gives them, float32 of shape (n, components); they may be overwritten.
+
+    Returns
+    -------
+    float32 of shape (n, dims): the first ``request.dims`` components, or all of them.
+    """
+    if request.dims is not None:
+        vectors = np.ascontiguousarray(vectors[:, : request.dims])
+    return unit_length(vectors) if request.normalize else vectors
+
+
+def unit_length(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Make the length of each row 1, in place, and return them; what is all zeros stays so.
+
+    ``vectors`` is float32 of shape (n, components).
+    """
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.divide(vectors, lengths, out=vectors, where=lengths > 0)
+    return vectors

@@ -1,0 +1,34 @@
+"""Vectors cut and normalised as a request asks, the same way behind every engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nbinfer.contract.requests import EmbeddingRequest
+from nbinfer.engines.vectors import as_asked, unit_length
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"normalize": False}, [[3, 4, 12], [0, 0, 5], [0, 0, 0]]),
+        ({}, [[3 / 13, 4 / 13, 12 / 13], [0, 0, 1], [0, 0, 0]]),
+        ({"dims": 2, "normalize": False}, [[3, 4], [0, 0], [0, 0]]),
+        ({"dims": 2}, [[0.6, 0.8], [0, 0], [0, 0]]),
+    ],
+    ids=str,
+)
+def test_vectors_are_cut_before_their_length_is_made_one(
+    options: dict[str, int], expected: list[list[float]]
+) -> None:
+    given = np.array([[3, 4, 12], [0, 0, 5], [0, 0, 0]], np.float32)
+    found = as_asked(given, EmbeddingRequest(texts=("a", "b", ""), **options))  # type: ignore[arg-type]
+    assert found.dtype == np.float32
+    assert found.flags.c_contiguous
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_no_texts_keep_the_number_of_components() -> None:
+    assert as_asked(np.zeros((0, 8), np.float32), EmbeddingRequest(texts=(), dims=3)).shape == (0, 3)
+    assert unit_length(np.zeros((0, 8), np.float32)).shape == (0, 8)
