@@ -20,6 +20,7 @@ from nbinfer import request_log
 from nbinfer import session as sessions
 from nbinfer.contract.errors import ConfigError, EngineError, ModelNotFound, RequestError
 from nbinfer.request_log import History, HistoryWarning
+from nbinfer.session.recording import entry as entry_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -97,7 +98,7 @@ def test_a_request_comes_back_as_it_was(log: History, ask: Any, options: dict[st
     request = sessions.prepare(None if "messages" in options else "Hi", **options).request
     model = ask()
     result = nb.Result(text="x", model="fake")
-    log.add(sessions._entry(model, request, result, None))
+    log.add(entry_of(model, request, result, None))
     assert log[-1].request == request
 
 
@@ -221,7 +222,7 @@ def test_an_answer_comes_although_json_has_no_word_for_what_was_asked(log: Histo
     tool = {"type": "function", "function": {"name": "f", "extra": object()}}
     request = dataclasses.replace(sessions.prepare("x").request, tools=(tool,))
     with pytest.warns(HistoryWarning, match="not recorded"):
-        log.add(sessions._entry(ask(), request, nb.Result(text="x", model="fake"), None))
+        log.add(entry_of(ask(), request, nb.Result(text="x", model="fake"), None))
     assert len(log) == 0
 
 

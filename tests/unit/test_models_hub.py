@@ -147,7 +147,7 @@ def test_a_draft_model_is_downloaded_by_a_load_alone_and_not_before_the_question
     def refuse(model: RemoteModel) -> None:
         raise DoesNotFit(f"{model.name} needs {model.n_bytes:,} bytes.")
 
-    monkeypatch.setattr(session, "_confirm_download", refuse)
+    monkeypatch.setattr("nbinfer.session.loading.confirm_download", refuse)
     drafted: Any = {"speculative": {"draft_model": "hf:o/m-GGUF:Q8_0"}}
     with pytest.raises(ModelNotFound, match="not on this disk"):
         session.dry_run("demo", **drafted)

@@ -28,6 +28,7 @@ from nbinfer.contract.errors import (
 )
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.results import Delta, Finished
+from nbinfer.session.loading import confirm_download
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -428,14 +429,14 @@ def test_a_download_that_will_not_fit_is_asked_about(
     monkeypatch.setattr("builtins.input", reply)
     remote: Any = Remote()
     if allowed:
-        sessions._confirm_download(remote)
+        confirm_download(remote)
         return
     with pytest.raises(MemoryError, match="does not fit") as caught:
-        sessions._confirm_download(remote)
+        confirm_download(remote)
     assert len(str(caught.value).splitlines()) <= 5
 
 
 def test_a_download_that_fits_says_its_size_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     remote: Any = Remote()
-    sessions._confirm_download(remote)
+    confirm_download(remote)
     assert "5 GiB to download" in capsys.readouterr().out
