@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbinfer.contract.errors import (
-    ContextOverflow,
     EngineClosed,
     EngineError,
     NbinferError,
@@ -52,7 +51,8 @@ from nbinfer.engines.llamacpp.media import take_images
 from nbinfer.engines.llamacpp.prefixes import Prefixes
 from nbinfer.engines.llamacpp.sampling import Sampler, logprob_of
 from nbinfer.engines.llamacpp.sequence import Scores, Sequence, Slot, youth
-from nbinfer.engines.plaintext import SEAM, defused_message
+from nbinfer.engines.plaintext import SEAM
+from nbinfer.engines.prompts import check_length, only_text, rendered
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
 from nbinfer.engines.template import ChatTemplate
@@ -213,10 +213,10 @@ class CompletionEngine:
         if has_images(request):
             text, media = self._cut(request)
             tokens = media.placeholders
-            self._check_length(media.n_tokens)
+            check_length(media.n_tokens, self.info)
         else:
             text, tokens = self._prompt_of(request)
-        self._check_length(len(tokens))
+        check_length(len(tokens), self.info)
         room = self.info.context_size - len(tokens)
         adapter = self._adapters.choose(request.adapter)
         seed = secrets.randbits(32) if request.sampling.seed is None else request.sampling.seed
@@ -251,7 +251,7 @@ class CompletionEngine:
         answers = [
             self._weights.tokenize(a, special=False, add_special=False).tolist() for a in request.answers
         ]
-        self._check_length(len(tokens) + max(len(a) for a in answers))
+        check_length(len(tokens) + max(len(a) for a in answers), self.info)
         scores = Scores(np.zeros(len(answers)), len(answers))
         sampler = Sampler(question.sampling, seed=0, n_vocab=self._weights.n_vocab)
         now = time.perf_counter()
@@ -360,24 +360,22 @@ class CompletionEngine:
         if request.prompt is not None:
             return request.prompt, weights.tokenize(request.prompt, special=True, add_special=True)
         messages = request.messages or ()
-        alone = len(messages) == 1 and messages[0]["role"] == "user"
-        if self._template is None and alone and isinstance(messages[0].get("content"), str):
-            text = messages[0]["content"]
-            return text, weights.tokenize(text, special=False, add_special=True)
+        alone = only_text(messages) if self._template is None else None
+        if alone is not None:
+            return alone, weights.tokenize(alone, special=False, add_special=True)
         text = self._rendered(messages, request)
         tokens = weights.tokenize_rendered(text, add_special=self._adds_bos(text))
         return text.replace(SEAM, ""), tokens
 
     def _rendered(self, messages: tuple[Message, ...], request: CompletionRequest) -> str:
-        if self._template is None:
-            raise NotSupported(
-                f"{self._name} has no chat template: it is a base model that continues text.\n"
-                "Send one prompt without a system message, or use raw=True.",
-            )
-        think = False if request.think is None and self._budget(request) == 0 else request.think
-        variables = {} if think is None else {"enable_thinking": think}
-        safe = [defused_message(message, self._weights.control_texts) for message in messages]
-        return self._template.render(safe, tools=request.tools, **variables)
+        return rendered(
+            self._template,
+            messages,
+            request,
+            name=self._name,
+            controls=self._weights.control_texts,
+            budget=self._budget(request),
+        )
 
     def _adds_bos(self, text: str) -> bool:
         """Many templates write the beginning token themselves; it must not come twice."""
@@ -402,25 +400,6 @@ class CompletionEngine:
     def _thought_end(self) -> NDArray[np.int32]:
         """Tokens that end the reasoning."""
         return self._weights.tokenize(f"\n{THINK_CLOSE}\n\n", special=True, add_special=False)
-
-    def _check_length(self, n: int) -> None:
-        size = self.info.context_size
-        if n == 0:
-            raise RequestError("the prompt is empty: it has no tokens.")
-        if n >= size:
-            trained = self.info.trained_context_size or 0
-            larger = min(trained, 1 << (n + n // 4).bit_length())
-            fix = (
-                f"Load it with a larger context (context_size={larger}), or shorten the prompt."
-                if larger > size
-                else f"The model was trained for {trained:,} tokens at most: shorten the prompt."
-            )
-            raise ContextOverflow(
-                f"the prompt has {n:,} tokens, but the context of {self._name} holds {size:,} "
-                f"(prompt and answer together). {fix}",
-                prompt_tokens=n,
-                context_size=size,
-            )
 
     # -- the engine's thread ----------------------------------------------------------------------------
 

@@ -18,7 +18,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from nbinfer.contract.errors import (
-    ContextOverflow,
     NbinferError,
     NotSupported,
     RequestError,
@@ -26,7 +25,8 @@ from nbinfer.contract.errors import (
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import CompletionRequest, ScoreRequest
 from nbinfer.engines.images import has_images
-from nbinfer.engines.plaintext import SEAM, defused_message
+from nbinfer.engines.plaintext import SEAM
+from nbinfer.engines.prompts import check_length, only_text, rendered
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
 from nbinfer.engines.text import THINK_CLOSE, THINK_OPEN, TextAssembler
@@ -195,7 +195,7 @@ class CompletionEngine:
 
     def _start(self, request: CompletionRequest) -> Stream:
         text, tokens, images = self._prompt_of(request)
-        self._check_length(len(tokens))
+        check_length(len(tokens), self.info)
         self._vocabulary.check(request.sampling.logit_bias, "logit_bias: token")
         if request.constraint is not None:
             self._constraints.check(request.constraint)
@@ -233,7 +233,7 @@ class CompletionEngine:
             raise NotSupported("answers are scored behind text only, not behind images.")
         _, tokens, _ = self._prompt_of(question)
         answers = [self._vocabulary.tokenize(a, special=False, add_special=False) for a in request.answers]
-        self._check_length(len(tokens) + max(len(a) for a in answers))
+        check_length(len(tokens) + max(len(a) for a in answers), self.info)
         scoring = Scoring(
             stream=Stream(),
             model=self._name,
@@ -297,10 +297,9 @@ class CompletionEngine:
         if request.prompt is not None:
             return request.prompt, vocabulary.tokenize(request.prompt, special=True, add_special=True), []
         messages = request.messages or ()
-        alone = len(messages) == 1 and messages[0]["role"] == "user"
-        if vocabulary.template is None and alone and isinstance(messages[0].get("content"), str):
-            text = messages[0]["content"]
-            return text, vocabulary.tokenize(text, special=False, add_special=True), []
+        alone = only_text(messages) if vocabulary.template is None else None
+        if alone is not None:
+            return alone, vocabulary.tokenize(alone, special=False, add_special=True), []
         text = self._rendered(messages, request)
         return text.replace(SEAM, ""), vocabulary.tokenize_rendered(text), []
 
@@ -314,39 +313,18 @@ class CompletionEngine:
         return text.replace(SEAM, ""), self._vocabulary.tokenize_rendered(text), images
 
     def _rendered(self, messages: Sequence[Any], request: CompletionRequest) -> str:
-        template = self._vocabulary.template
-        if template is None:
-            raise NotSupported(
-                f"{self._name} has no chat template: it is a base model that continues text.\n"
-                "Send one prompt without a system message, or use raw=True.",
-            )
-        think = False if request.think is None and request.reasoning_budget == 0 else request.think
-        variables = {} if think is None else {"enable_thinking": think}
-        safe = [defused_message(message, self._vocabulary.controls) for message in messages]
-        return template.render(safe, tools=request.tools, **variables)
+        return rendered(
+            self._vocabulary.template,
+            messages,
+            request,
+            name=self._name,
+            controls=self._vocabulary.controls,
+            budget=request.reasoning_budget,
+        )
 
     @cached_property
     def _thought_end(self) -> list[int]:
         return self._vocabulary.tokenize(f"\n{THINK_CLOSE}\n\n", special=True, add_special=False)
-
-    def _check_length(self, n: int) -> None:
-        size = self.info.context_size
-        if n == 0:
-            raise RequestError("the prompt is empty: it has no tokens.")
-        if n >= size:
-            trained = self.info.trained_context_size or 0
-            larger = min(trained, 1 << (n + n // 4).bit_length())
-            fix = (
-                f"Load it with a larger context (context_size={larger}), or shorten the prompt."
-                if larger > size
-                else f"The model was trained for {trained:,} tokens at most: shorten the prompt."
-            )
-            raise ContextOverflow(
-                f"the prompt has {n:,} tokens, but the context of {self._name} holds {size:,} "
-                f"(prompt and answer together). {fix}",
-                prompt_tokens=n,
-                context_size=size,
-            )
 
     def _adapter(self, asked: str | None) -> str | None:
         if asked is None:
