@@ -29,20 +29,15 @@ from nbinfer.contract.errors import (
     NbinferError,
     NotSupported,
     RequestError,
-    SchemaError,
 )
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.results import (
     Delta,
     Finished,
     PromptProgress,
-    Result,
     ScoreResult,
-    Timings,
-    Usage,
 )
 from nbinfer.engines.alive import closed_on_error, register
-from nbinfer.engines.asked import result_params
 from nbinfer.engines.images import has_images
 from nbinfer.engines.llamacpp.adapters import Adapters
 from nbinfer.engines.llamacpp.constrain import Constrainer
@@ -57,7 +52,7 @@ from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
 from nbinfer.engines.template import ChatTemplate
 from nbinfer.engines.text import THINK_CLOSE, THINK_OPEN, TextAssembler
-from nbinfer.engines.toolcalls import parse_tool_calls
+from nbinfer.engines.writing import cut_short, result_of
 from nbinfer.memory import defaults
 
 if TYPE_CHECKING:
@@ -66,7 +61,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nbinfer.contract.requests import CompletionRequest, Message, Request, ScoreRequest
-    from nbinfer.contract.results import FinishReason
+    from nbinfer.contract.results import FinishReason, Result
     from nbinfer.engines.llamacpp.context import ContextSettings
     from nbinfer.engines.llamacpp.media import Media, Projector
     from nbinfer.engines.llamacpp.saved import SavedStates
@@ -801,12 +796,7 @@ class CompletionEngine:
         # The matcher has already taken forced tokens that no longer fitted in.
         cut = matcher is not None and (sequence.cut_short or not matcher.accepting)
         if error is None and reason == "length" and cut:
-            result = self._result(sequence, reason)
-            message = (
-                f"the answer was cut after {len(sequence.generated)} tokens, before it was whole: "
-                "raise max_tokens."
-            )
-            error = SchemaError(message, raw=result.text, result=result.with_changes(error=message))
+            error = cut_short(self._result(sequence, reason), f"{len(sequence.generated)} tokens")
         if error is not None:
             sequence.stream.fail(error)
         else:
@@ -834,38 +824,13 @@ class CompletionEngine:
             sequence.stream.put(Finished(result))
 
     def _result(self, sequence: Sequence, reason: FinishReason) -> Result:
-        request, n_prompt = sequence.request, len(sequence.prompt)
-        started = sequence.started or sequence.submitted
-        done = sequence.prompt_done or sequence.last_token or started
-        last = sequence.last_token or done
-        text = "".join(sequence.answer)
-        calls: tuple[dict[str, Any], ...] = ()
-        if request.tools:
-            text, calls = parse_tool_calls(text, request.tools)
-        return Result(
-            text=text,
-            tool_calls=calls,
-            reasoning="".join(sequence.reasoning).strip("\n") or None,
-            finish_reason=reason,
-            usage=Usage(
-                prompt_tokens=n_prompt,
-                completion_tokens=len(sequence.generated),
-                cached_tokens=sequence.cached,
-                drafted_tokens=sequence.tally.drafted,
-                accepted_tokens=sequence.tally.accepted,
-            ),
-            timings=Timings(
-                queue_seconds=started - sequence.submitted,
-                prompt_seconds=done - started,
-                generation_seconds=last - done,
-                first_token_seconds=done - sequence.submitted if sequence.prompt_done else None,
-                prompt_tokens=n_prompt - sequence.cached,
-                generated_tokens=len(sequence.generated),
-                speculative_speedup=sequence.tally.speedup,
-            ),
-            logprobs=tuple(sequence.logprobs) if request.logprobs is not None else None,
+        tally = sequence.tally
+        return result_of(
+            sequence,
+            reason,
             model=self._name,
-            prompt=sequence.prompt_text,
-            params=result_params(request, seed=sequence.seed, adapter=sequence.adapter),
-            messages=request.messages,
+            prompt_tokens=len(sequence.prompt),
+            drafted=tally.drafted,
+            accepted=tally.accepted,
+            speedup=tally.speedup,
         )

@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nbinfer.engines.llamacpp.speculate import Tally
+from nbinfer.engines.writing import Writing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from nbinfer.contract.requests import CompletionRequest
-    from nbinfer.contract.results import TokenLogprob
     from nbinfer.engines.llamacpp.media import Media
     from nbinfer.engines.llamacpp.sampling import Sampler
-    from nbinfer.engines.stream import Stream
-    from nbinfer.engines.text import TextAssembler
 
 
 @dataclass(eq=False, slots=True)
@@ -29,50 +26,28 @@ class Scores:
     cached: int = 0
 
 
-@dataclass(eq=False, slots=True)
-class Sequence:
+@dataclass(eq=False, slots=True, kw_only=True)
+class Sequence(Writing):
     """One request on its way through the engine.
 
     With ``scores`` it writes no text: it follows ``script``, the tokens of answer number ``answer_index``,
     and adds up how likely each was.
     """
 
-    request: CompletionRequest
-    stream: Stream
     prompt: NDArray[np.int32]
-    prompt_text: str
     sampler: Sampler
-    assembler: TextAssembler
-    seed: int
-    limit: int
-    submitted: float
-    generated: list[int] = field(default_factory=list)
-    answer: list[str] = field(default_factory=list)
-    reasoning: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    adapter: str | None = None
     media: Media | None = None
     scores: Scores | None = None
     script: list[int] = field(default_factory=list)
     answer_index: int = 0
-    thoughts: int = 0
     cut_short: bool = False
     guesses: list[int] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     slot: int = -1
     position: int = 0
-    cached: int = 0
-    started: float | None = None
-    prompt_done: float | None = None
-    last_token: float | None = None
     done: bool = False
     alone: bool = False
     """Images that did not go in beside others."""
-
-    @property
-    def interactive(self) -> bool:
-        """Whether somebody waits at a cell."""
-        return self.request.priority == "interactive"
 
     @property
     def length(self) -> int:

@@ -70,6 +70,7 @@ from nbinfer.engines.remote.wire import (
 )
 from nbinfer.engines.stream import Stream
 from nbinfer.engines.vectors import unit_length
+from nbinfer.engines.writing import cut_short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -642,8 +643,7 @@ class RemoteEngine:
         )
         if not cut:
             return result
-        message = f"the answer was cut after {job.tokens} pieces, before it was whole: raise max_tokens."
-        raise SchemaError(message, raw=text, result=result.with_changes(error=message))
+        raise cut_short(result, f"{job.tokens} pieces")
 
     def _put_interrupted(self, job: _Job) -> None:
         """End a cancelled request with what it has so far."""

@@ -8,27 +8,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from nbinfer.contract.errors import EngineError, SchemaError
+from nbinfer.contract.errors import EngineError
 from nbinfer.contract.results import (
     Delta,
     Finished,
     PromptProgress,
-    Result,
     ScoreResult,
-    Timings,
     TokenLogprob,
-    Usage,
 )
-from nbinfer.engines.asked import result_params
-from nbinfer.engines.toolcalls import parse_tool_calls
 from nbinfer.engines.vllm.sampling import sampling_params, scoring_params
+from nbinfer.engines.writing import Writing, cut_short, result_of
 
 if TYPE_CHECKING:
     from nbinfer.contract.errors import NbinferError
-    from nbinfer.contract.requests import CompletionRequest
     from nbinfer.contract.results import FinishReason
     from nbinfer.engines.stream import Stream
-    from nbinfer.engines.text import TextAssembler
     from nbinfer.engines.vllm.sampling import Constraints
 
 
@@ -78,42 +72,20 @@ class Outcome:
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
-class Answer:
+class Answer(Writing):
     """A completion."""
 
-    request: CompletionRequest
-    stream: Stream
     model: str
     tokens: list[int]
-    prompt_text: str
     images: list[Any]
-    assembler: TextAssembler
-    seed: int
-    limit: int
     budget: int | None
     thought_end: list[int]
     ends: frozenset[int]
     constraints: Constraints
-    adapter: str | None
-    submitted: float
-    started: float | None = None
-    prompt_done: float | None = None
-    last_token: float | None = None
     n_prompt: int = 0
-    cached: int = 0
-    thoughts: int = 0
-    generated: list[int] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-    reasoning: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.n_prompt = len(self.tokens)
-
-    @property
-    def interactive(self) -> bool:
-        """Whether somebody waits at a cell."""
-        return self.request.priority == "interactive"
 
     @property
     def n_tokens(self) -> int:
@@ -208,7 +180,7 @@ class Answer:
             self.reasoning.append(reasoning)
             self.stream.put(Delta(reasoning, n_tokens, reasoning=True))
         if text:
-            self.text.append(text)
+            self.answer.append(text)
             self.stream.put(Delta(text, n_tokens if not reasoning else 0))
 
     def interrupt(self) -> None:
@@ -218,12 +190,9 @@ class Answer:
     def _finish(self, reason: FinishReason) -> None:
         rest = self.assembler.finish()
         self._emit(rest.text, rest.reasoning, 0)
-        result = self._result(reason)
+        result = result_of(self, reason, model=self.model, prompt_tokens=self.n_prompt)
         if reason == "length" and not self._whole():
-            n = len(self.generated)
-            message = f"the answer was cut after {n} tokens, before it was whole: raise max_tokens."
-            changed = result.with_changes(error=message)
-            self.stream.fail(SchemaError(message, raw=result.text, result=changed))
+            self.stream.fail(cut_short(result, f"{len(self.generated)} tokens"))
             return
         self.stream.put(Finished(result))
 
@@ -231,40 +200,6 @@ class Answer:
         """Whether the answer, where it ends now, keeps to its constraint."""
         constraint = self.request.constraint
         return constraint is None or self.constraints.whole(constraint, self.generated)
-
-    def _result(self, reason: FinishReason) -> Result:
-        request = self.request
-        started = self.started or self.submitted
-        done = self.prompt_done or self.last_token or started
-        last = self.last_token or done
-        text = "".join(self.text)
-        calls: tuple[dict[str, Any], ...] = ()
-        if request.tools:
-            text, calls = parse_tool_calls(text, request.tools)
-        return Result(
-            text=text,
-            tool_calls=calls,
-            reasoning="".join(self.reasoning).strip("\n") or None,
-            finish_reason=reason,
-            usage=Usage(
-                prompt_tokens=self.n_prompt,
-                completion_tokens=len(self.generated),
-                cached_tokens=self.cached,
-            ),
-            timings=Timings(
-                queue_seconds=started - self.submitted,
-                prompt_seconds=done - started,
-                generation_seconds=last - done,
-                first_token_seconds=done - self.submitted if self.prompt_done else None,
-                prompt_tokens=self.n_prompt - self.cached,
-                generated_tokens=len(self.generated),
-            ),
-            logprobs=tuple(self.logprobs) if request.logprobs is not None else None,
-            model=self.model,
-            prompt=self.prompt_text,
-            params=result_params(request, seed=self.seed, adapter=self.adapter),
-            messages=request.messages,
-        )
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
