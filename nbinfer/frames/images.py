@@ -20,9 +20,10 @@ from nbinfer.frames.journal import IMAGES
 from nbinfer.frames.operators import finish, resolve
 from nbinfer.frames.outcomes import Record
 from nbinfer.frames.pictures import open_pictures
+from nbinfer.frames.plan import make_plan
 from nbinfer.frames.progress import JupyterSink, make_sink
 from nbinfer.frames.prompts import make_prompt
-from nbinfer.frames.run import Run, make_plan, remember
+from nbinfer.frames.run import Run, remember
 from nbinfer.frames.tables import read
 from nbinfer.frames.work import identity
 
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from nbinfer.engines.stream import Stream
     from nbinfer.frames.outcomes import Columns
     from nbinfer.frames.pictures import Pictures
+    from nbinfer.frames.plan import CacheMode, Nulls, OnError
     from nbinfer.frames.progress import Progress, Sink
-    from nbinfer.frames.run import CacheMode, Nulls, OnError
     from nbinfer.frames.work import FrameModel
 
 SIDE = ("seed", "error", "seconds", "source")

@@ -9,10 +9,10 @@ import numpy as np
 from nbinfer.contract.errors import RequestError
 from nbinfer.frames.judge import filter as keep_rows
 from nbinfer.frames.neighbours import neighbours
+from nbinfer.frames.plan import choice
 from nbinfer.frames.progress import announce
 from nbinfer.frames.prompts import unknown_column
 from nbinfer.frames.ranking import rerank as rank_documents
-from nbinfer.frames.run import choice
 from nbinfer.frames.tables import Table, read
 
 if TYPE_CHECKING:

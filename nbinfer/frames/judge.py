@@ -18,9 +18,10 @@ from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import ScoreRequest
 from nbinfer.frames.operators import beside_names, completion_work, finish, placed, resolve
 from nbinfer.frames.outcomes import Record
+from nbinfer.frames.plan import choice, make_plan, once
 from nbinfer.frames.progress import make_sink
 from nbinfer.frames.prompts import make_prompt
-from nbinfer.frames.run import Run, choice, make_plan, once, remember
+from nbinfer.frames.run import Run, remember
 from nbinfer.frames.tables import read
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from nbinfer.contract.results import ScoreResult
     from nbinfer.engines.protocol import Engine, EngineInfo
     from nbinfer.frames.outcomes import Columns
+    from nbinfer.frames.plan import CacheMode, Nulls, OnError, TooLong
     from nbinfer.frames.progress import Sink
-    from nbinfer.frames.run import CacheMode, Nulls, OnError, TooLong
     from nbinfer.frames.tables import Table
     from nbinfer.frames.work import CompletionWork, FrameModel
 

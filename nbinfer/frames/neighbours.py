@@ -11,8 +11,8 @@ from nbinfer.contract.errors import RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.frames.matrix import vectors
 from nbinfer.frames.operators import embed, resolve
+from nbinfer.frames.plan import choice
 from nbinfer.frames.prompts import unknown_column
-from nbinfer.frames.run import choice
 from nbinfer.frames.tables import Table, read
 from nbinfer.frames.work import weights
 

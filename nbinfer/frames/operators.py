@@ -15,9 +15,10 @@ import numpy as np
 from nbinfer.contract.errors import NotSupported, RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.units import plain_number
+from nbinfer.frames.plan import choice, make_plan
 from nbinfer.frames.progress import make_sink
 from nbinfer.frames.prompts import Template, WithImages, make_prompt, unknown_column
-from nbinfer.frames.run import Run, choice, make_plan, remember
+from nbinfer.frames.run import Run, remember
 from nbinfer.frames.tables import Table, read
 from nbinfer.frames.work import CompletionWork, EmbeddingWork
 
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from nbinfer.frames.outcomes import Columns
+    from nbinfer.frames.plan import CacheMode, Nulls, OnError, TooLong
     from nbinfer.frames.progress import Sink
     from nbinfer.frames.prompts import Prompt
-    from nbinfer.frames.run import CacheMode, Nulls, OnError, TooLong
     from nbinfer.frames.work import FrameModel
 
 SIDE = ("error", "finish_reason", "prompt_tokens", "cached_tokens", "completion_tokens", "seconds", "source")

@@ -111,6 +111,12 @@ class Outcomes:
         self.extra.pop(job, None)
         self.finish[job] = PENDING
 
+    def cancel_pending(self) -> None:
+        """Mark the jobs that were not reached."""
+        for job, finish in enumerate(self.finish):
+            if finish == PENDING:
+                self.finish[job] = CANCELLED
+
     def copy(self) -> Outcomes:
         """Copy the columns; the values in them are shared."""
         out = Outcomes()

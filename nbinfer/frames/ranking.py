@@ -9,9 +9,10 @@ import numpy as np
 from nbinfer.contract.errors import RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.frames.operators import placed, resolve
+from nbinfer.frames.plan import make_plan
 from nbinfer.frames.progress import make_sink
 from nbinfer.frames.prompts import make_prompt
-from nbinfer.frames.run import Run, make_plan, remember
+from nbinfer.frames.run import Run, remember
 from nbinfer.frames.tables import read
 from nbinfer.frames.work import RerankWork
 
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from nbinfer.frames.outcomes import Columns
+    from nbinfer.frames.plan import CacheMode, Nulls, OnError
     from nbinfer.frames.progress import Sink
     from nbinfer.frames.prompts import Prompt
-    from nbinfer.frames.run import CacheMode, Nulls, OnError
     from nbinfer.frames.tables import Table
 
 SIDE = ("rank", "error", "n_tokens")

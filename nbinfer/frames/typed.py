@@ -18,16 +18,17 @@ from nbinfer.frames.operators import (
     resolve,
     side_columns,
 )
+from nbinfer.frames.plan import make_plan
 from nbinfer.frames.progress import make_sink
 from nbinfer.frames.prompts import make_prompt
-from nbinfer.frames.run import Run, make_plan, remember
+from nbinfer.frames.run import Run, remember
 from nbinfer.frames.shapes import Shape
 from nbinfer.frames.tables import read
 
 if TYPE_CHECKING:
     from nbinfer.frames.outcomes import Columns
+    from nbinfer.frames.plan import CacheMode, Nulls, OnError, TooLong
     from nbinfer.frames.progress import Sink
-    from nbinfer.frames.run import CacheMode, Nulls, OnError, TooLong
     from nbinfer.frames.shapes import Field
 
 SIDE = (
