@@ -42,6 +42,9 @@ ESTIMATED = (
 )
 """The options of a load that change what it takes; ``estimate`` has them by the same names."""
 
+IMAGES_ESTIMATED = ("batch", "dtype", "device")
+"""The same of an image pipeline, for ``estimate_images``."""
+
 PLAIN_ATTENTION_CONTEXT = 16_384
 """Up to here a CPU does without flash attention, which is slower there and adds in half precision.
 

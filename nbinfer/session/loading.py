@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbinfer.contract.errors import ConfigError, DoesNotFit, NotSupported
+from nbinfer.contract.errors import ConfigError, DoesNotFit
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.units import human_bytes
 from nbinfer.session.held import session
@@ -433,34 +433,12 @@ def _fits(
 
 def _estimate(resolved: Any, mode: Mode, asked: Mapping[str, Any], *, exact: bool | None = None) -> Any:
     """Return the estimate of a load; None when the file's kind allows none."""
-    if resolved.format == "diffusers":
-        from nbinfer.memory import estimate_images
+    from nbinfer.backends.estimates import estimate_load
+    from nbinfer.memory import CannotEstimate
 
-        given = {name: asked[name] for name in ("batch", "dtype", "device") if name in asked}
-        return estimate_images(resolved.header, name=resolved.name, **given)
-    if resolved.format == "safetensors":
-        from nbinfer.engines.vllm.build import installed
-        from nbinfer.memory.vllm import estimate_load
-
-        build = installed()
-        known = {} if build is None else {"device": build.device}
-        try:
-            return estimate_load(resolved.header, name=resolved.name, **{**asked, **known})
-        except NotSupported:  # the configuration lacks what the formulas need
-            return None
-    if resolved.format != "gguf":
-        return None
-    from nbinfer.memory import CannotEstimate, estimate
-    from nbinfer.memory.defaults import ESTIMATED
-
-    options = {name: asked[name] for name in ESTIMATED if name in asked}
-    speculative = asked.get("speculative")
-    if speculative is not None:
-        options["draft"] = speculative.draft_path
-    if asked.get("exact"):
-        options["parallel"] = 1
+    draft = getattr(asked.get("speculative"), "draft_path", None)
     try:
-        return estimate(resolved.header, mode=mode, exact=exact, **options)
+        return estimate_load(resolved, mode, asked, draft=draft, exact=exact)
     except CannotEstimate:
         return None
 

@@ -50,40 +50,26 @@ def runner_size(path: Path, mode: Mode, config: ModelConfig, options: Mapping[st
     The estimate of the model, by formulas, with the pages of its file and the process itself; for a file that
     allows none, a bound from its size.
     """
-    from nbinfer.memory import estimate, estimate_images
-    from nbinfer.memory.defaults import ESTIMATED
+    from nbinfer.backends.estimates import estimate_load
+    from nbinfer.memory.images import ImageEstimate
+    from nbinfer.memory.vllm import CPU_PROCESSES, VllmEstimate
     from nbinfer.models import resolve
 
-    given = {name: options[name] for name in ESTIMATED if options.get(name) is not None}
-    if config.context_size is not None:
-        # A flag comes before it, as where it is loaded.
-        given.setdefault("context_size", config.context_size)
-    if config.speculative is not None and config.speculative.draft_model is not None:
-        given["draft"] = config.speculative.draft_model
+    # A flag comes before what the configuration says, as where it is loaded.
+    asked = {"context_size": config.context_size} | {k: v for k, v in options.items() if v is not None}
+    draft = None if config.speculative is None else config.speculative.draft_model
     try:
-        found = resolve(path)
-        if found.format == "safetensors":
-            return _under_vllm(found.header, {**options, **given})
-        if found.format == "diffusers":
-            asked = {name: options[name] for name in ("batch", "dtype", "device") if name in options}
-            # The libraries that the process itself is made of are in it.
-            return estimate_images(found.path, **asked).required
-        made = estimate(path, mode=mode, exact=False, **given)
+        made = estimate_load(resolve(path), mode, asked, draft=draft, exact=False)
     except NbinferError:
         return bound(path, options, gpus=len(_free_vram()))
+    if isinstance(made, ImageEstimate):
+        # The libraries that the process itself is made of are in it.
+        return made.required
+    if isinstance(made, VllmEstimate):
+        # vLLM's server, behind the runner, is a process of its own, and so is its engine.
+        more = CPU_PROCESSES[1] - sum(CPU_PROCESSES) // 2 if made.device == "cpu" else 0
+        return made.required + RequiredMemory(RUNNER_BYTES + more)
     return made.required + RequiredMemory(RUNNER_BYTES + made.ram.at_hand)
-
-
-def _under_vllm(header: Any, options: Mapping[str, Any]) -> RequiredMemory:
-    """Return what vLLM's server takes, and the runner before it."""
-    from nbinfer.engines.vllm.build import installed
-    from nbinfer.memory.vllm import CPU_PROCESSES, estimate_load
-
-    build = installed()
-    made = estimate_load(header, **{**options, **({} if build is None else {"device": build.device})})
-    # The server is a process of its own, and so is its engine.
-    more = CPU_PROCESSES[1] - sum(CPU_PROCESSES) // 2 if made.device == "cpu" else 0
-    return made.required + RequiredMemory(RUNNER_BYTES + more)
 
 
 def bound(path: Path, options: Mapping[str, Any], *, gpus: int) -> RequiredMemory:

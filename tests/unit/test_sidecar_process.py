@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -316,6 +316,24 @@ def test_a_runners_size_is_the_models_estimate_and_the_process() -> None:
         for n in (256, 1024)
     ]
     assert RUNNER_BYTES < sizes[0].ram < sizes[1].ram < RUNNER_BYTES + 2**28
+
+
+@pytest.mark.parametrize(
+    "options", [{"parallel": 4}, {"exact": True}, {"kv_type": "q8_0", "parallel": None}], ids=str
+)
+def test_the_sidecar_plans_a_model_as_the_kernel_does(options: dict[str, Any]) -> None:
+    from nbinfer.backends.estimates import estimate_load
+    from nbinfer.contract.config import ModelConfig
+    from nbinfer.contract.modes import Mode
+    from nbinfer.memory import Estimate
+    from nbinfer.models import resolve
+
+    demo = resolve("demo")
+    planned = runner_size(demo.path, Mode.COMPLETION, ModelConfig(), options)
+    made = estimate_load(demo, Mode.COMPLETION, options, exact=False)
+    assert isinstance(made, Estimate)
+    assert planned.ram == made.required.ram + made.ram.at_hand + RUNNER_BYTES
+    assert planned != runner_size(demo.path, Mode.COMPLETION, ModelConfig(), {})
 
 
 def test_a_runner_that_nobody_started_properly_ends_by_itself() -> None:
