@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from nbinfer.contract.errors import short_interrupt
 from nbinfer.contract.results import Delta, Finished, GeneratedImage, ImageDone, ImageResult, Result
-from nbinfer.session.held import session
-from nbinfer.session.recording import entry
+from nbinfer.session.recording import record
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -87,11 +86,11 @@ class TextStream:
         return self._prepared.read(result)
 
     def _record(self, result: Result | None, error: BaseException | None = None) -> None:
-        """Write the request down, once, when the notebook asked for that; None is what there is so far."""
-        if session.history is not None and not self._recorded:
+        """Write the request down, once; None is what there is so far."""
+        if not self._recorded:
             self._recorded = True
             found = self.partial() if result is None else result
-            session.history.add(entry(self._model, self._prepared.request, found, error))
+            record(self._model, self._prepared.request, found, error)
 
     def cancel(self) -> None:
         """Stop generating; the result is then ``interrupted``."""

@@ -208,6 +208,34 @@ def test_an_answer_comes_although_the_log_cannot_be_written(tmp_path: Path, ask:
         nb.history(record=False)
 
 
+def test_an_answer_comes_and_is_recorded_although_its_weights_are_gone(
+    log: History, ask: Any, tmp_path: Path
+) -> None:
+    model = ask()
+    model.paths = (tmp_path / "deleted-since.gguf",)
+    with pytest.raises(OSError, match="deleted-since"):
+        _ = model.digest
+    assert model.infer("one two").text == "one two"
+    assert (log[-1].text, log[-1].digest) == ("one two", "")
+    assert nb.history().replay(1).text == "one two"
+
+
+def test_an_answer_comes_although_nothing_of_it_can_be_recorded(
+    log: History, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> None:
+        raise RuntimeError("no entry")
+
+    monkeypatch.setattr("nbinfer.session.recording.entry", broken)
+    model = ask()
+    with pytest.warns(HistoryWarning, match=r"history\.sqlite: the request was not recorded: no entry"):
+        assert model.infer("x").text == "x"
+    with pytest.warns(HistoryWarning), pytest.raises(EngineError, match="it broke"):
+        ask("broken", script=[EngineError("it broke")]).infer("x")
+    assert model.infer("y").text == "y", "also where each warning is an error, as in these tests"
+    assert len(log) == 0
+
+
 def test_reading_the_log_leaves_the_locks_of_this_process_alone(log: History, ask: Any) -> None:
     ask().infer("x")
     with closing(sqlite3.connect(log.path)) as db:
