@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from nbinfer.contract.errors import BackendUnavailable, RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nbinfer.contract.requests import Constraint
 
 # One line, spaced as Python and most training text write it. Free white space is where small models get lost:
@@ -42,6 +44,35 @@ def guidance_grammar(constraint: Constraint) -> str:
         return str(LLMatcher.grammar_from_lark(lark_text(constraint)))
     except (ValueError, TypeError) as e:
         raise unusable(constraint, str(e)) from e
+
+
+def checked_grammar(constraint: Constraint, tokens: Callable[[], Any]) -> str:
+    """Return a constraint as a grammar that a model can keep to.
+
+    Parameters
+    ----------
+    constraint
+        What was asked.
+    tokens
+        Returns the model's ``llguidance.LLTokenizer``; called when the constraint could be read.
+
+    Raises
+    ------
+    BackendUnavailable
+        llguidance is not installed.
+    RequestError
+        The schema, expression or grammar is not valid.
+    """
+    grammar = guidance_grammar(constraint)
+    from llguidance import LLMatcher
+
+    try:
+        problem = LLMatcher.validate_grammar(grammar, tokens())
+    except (ValueError, TypeError) as e:
+        problem = str(e)
+    if problem:
+        raise unusable(constraint, problem)
+    return grammar
 
 
 def lark_text(constraint: Constraint) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbinfer.contract.errors import EngineError
-from nbinfer.engines.grammar import guidance_grammar, unusable
+from nbinfer.engines.grammar import checked_grammar
 from nbinfer.engines.llamacpp.library import library
 
 if TYPE_CHECKING:
@@ -37,22 +37,21 @@ class Constrainer:
         BackendUnavailable
             llguidance is not installed.
         """
-        grammar = guidance_grammar(constraint)
+        grammar = checked_grammar(constraint, self._tokens)
+        from llguidance import LLMatcher
+
+        return Matcher(LLMatcher(self._tokenizer, grammar), self._weights)
+
+    def _tokens(self) -> Any:
         import llguidance
 
-        try:
-            problem = llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer_of(llguidance))
-        except (ValueError, TypeError) as e:
-            problem = str(e)
-        if problem:
-            raise unusable(constraint, problem)
-        return Matcher(llguidance.LLMatcher(self._tokenizer, grammar), self._weights)
+        # Its stubs know nothing of llama.cpp.
+        kind: Any = llguidance.LLTokenizer
 
-    def _tokenizer_of(self, llguidance: Any) -> Any:
         with self._lock:
             if self._tokenizer is None:
                 weights = self._weights
-                self._tokenizer = llguidance.LLTokenizer.from_llamacpp(
+                self._tokenizer = kind.from_llamacpp(
                     tokens=[_token_bytes(weights, token) for token in range(weights.n_vocab)],
                     vocab_ptr=weights.vocab,
                     tokenize_fptr=ctypes.cast(library().llama_tokenize, ctypes.c_void_p).value,

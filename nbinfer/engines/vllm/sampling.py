@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from nbinfer.engines.grammar import JSON_STYLE, guidance_grammar, lark_text, unusable
+from nbinfer.engines.grammar import JSON_STYLE, checked_grammar, guidance_grammar, lark_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,15 +120,7 @@ class Constraints:
         BackendUnavailable
             llguidance is not installed.
         """
-        grammar = guidance_grammar(constraint)
-        from llguidance import LLMatcher
-
-        try:
-            problem = LLMatcher.validate_grammar(grammar, self._tokens())
-        except (ValueError, TypeError) as e:
-            problem = str(e)
-        if problem:
-            raise unusable(constraint, problem)
+        checked_grammar(constraint, self._tokens)
 
     def whole(self, constraint: Constraint, tokens: Sequence[int]) -> bool:
         """Whether an answer of these tokens, its end token left out, keeps to the constraint to its end."""
