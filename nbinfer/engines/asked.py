@@ -8,8 +8,11 @@ if TYPE_CHECKING:
     from nbinfer.contract.requests import CompletionRequest
 
 
-def result_params(request: CompletionRequest, *, seed: int, adapter: str | None) -> dict[str, Any]:
-    """Return ``Result.params``: what was asked and had an effect, with the seed that was drawn."""
+def result_params(request: CompletionRequest, *, seed: int | None, adapter: str | None) -> dict[str, Any]:
+    """Return ``Result.params``: what was asked and had an effect, with the seed that was drawn.
+
+    ``seed`` is None where a server drew it and did not say which.
+    """
     sampling = request.sampling
     params: dict[str, Any] = {"temperature": sampling.temperature, "seed": seed}
     if adapter is not None:

@@ -50,6 +50,7 @@ from nbinfer.contract.results import (
     TokenLogprob,
     Usage,
 )
+from nbinfer.engines.asked import result_params
 from nbinfer.engines.protocol import EngineLoad
 from nbinfer.engines.remote import images
 from nbinfer.engines.remote.clients import (
@@ -637,7 +638,7 @@ class RemoteEngine:
             timings=job.timings(usage),
             logprobs=tuple(job.logprobs) if request.logprobs is not None else None,
             prompt=request.prompt if isinstance(request.prompt, str) else "",
-            params=_params(request),
+            params=result_params(request, seed=request.sampling.seed, adapter=None),
             tool_calls=tuple(job.calls),
             **common,
         )
@@ -671,7 +672,7 @@ class RemoteEngine:
             usage=Usage(completion_tokens=job.tokens),
             timings=job.timings(None),
             model=self._name,
-            params=_params(request),
+            params=result_params(request, seed=request.sampling.seed, adapter=None),
             messages=request.messages,
         )
         job.stream.put(Finished(result))
@@ -787,18 +788,6 @@ def _chosen(text: str, request: CompletionRequest) -> str:
     if choice not in request.constraint.value:
         raise SchemaError(f"the server chose {choice!r:.60}, which is not among the choices.", raw=text)
     return str(choice)
-
-
-def _params(request: CompletionRequest) -> dict[str, Any]:
-    sampling = request.sampling
-    params: dict[str, Any] = {"temperature": sampling.temperature, "seed": sampling.seed}
-    if sampling.temperature > 0:
-        params |= {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
-    if request.max_tokens is not None:
-        params["max_tokens"] = request.max_tokens
-    if request.stop:
-        params["stop"] = list(request.stop)
-    return params
 
 
 def _spread(total: int | None, n: int) -> tuple[int, ...]:
