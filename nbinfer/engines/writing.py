@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class Writing:
     """What there is of an answer, and of its times; each engine adds what its own work needs.
 
-    ``submitted``, ``started``, ``prompt_done`` and ``last_token`` are of ``time.perf_counter()``. ``limit`` is
-    how many tokens the answer may have, ``thoughts`` how many of them are reasoning, ``cached`` how many of the
-    prompt's were not computed.
+    ``submitted``, ``started``, ``prompt_done`` and ``last_token`` are of ``time.perf_counter()``. ``limit``
+    is how many tokens the answer may have, ``thoughts`` how many of them are reasoning, ``cached`` how many
+    of the prompt's were not computed.
     """
 
     request: CompletionRequest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import queue
 import random
 import threading
 import time
@@ -22,6 +21,7 @@ from nbinfer.contract.requests import ImageRequest
 from nbinfer.contract.results import Finished, GeneratedImage, ImageDone, ImageProgress, ImageResult
 from nbinfer.engines.alive import register
 from nbinfer.engines.diffusers.pictures import png, preview
+from nbinfer.engines.jobs import Jobs
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
 
@@ -84,10 +84,9 @@ class ImageEngine:
                 "scheduler": type(loaded.pipeline.scheduler).__name__,
             },
         )
-        self._jobs: queue.PriorityQueue[tuple[int, int, _Job | None]] = queue.PriorityQueue()
-        self._order = self._running = self._made = 0
-        self._lock = threading.Lock()
-        self._closing = self._forked = False
+        self._jobs: Jobs[_Job] = Jobs(name)
+        self._made = 0
+        self._forked = False
         self._thread = threading.Thread(target=self._run, name=f"nbinfer-{name}", daemon=True)
         self._thread.start()
         register(self)
@@ -114,11 +113,7 @@ class ImageEngine:
                 f"{self._name} was loaded before this process was forked: load it anew here, or use "
                 'where="sidecar".'
             )
-        with self._lock:
-            if self._closing:
-                raise EngineClosed(f"{self._name} was unloaded; load it again with nb.load.")
-            self._order += 1
-            self._jobs.put((0 if request.priority == "interactive" else 1, self._order, job))
+        self._jobs.put(job)
         return job.stream
 
     def _settings(self, request: ImageRequest) -> dict[str, Any]:
@@ -147,12 +142,12 @@ class ImageEngine:
 
     def load(self) -> EngineLoad:
         """Return what is running now."""
-        return EngineLoad(running=self._running, waiting=self._jobs.qsize(), images_generated=self._made)
+        return EngineLoad(running=self._jobs.running, waiting=self._jobs.waiting, images_generated=self._made)
 
     def measured(self) -> dict[str, dict[str, int]]:
         """Return the bytes of the weights that are held, by device and component."""
         held: dict[str, dict[str, int]] = {}
-        for name, part in {} if self._closing else dict(self._loaded.pipeline.components).items():
+        for name, part in {} if self._jobs.closing else dict(self._loaded.pipeline.components).items():
             tensors = [*part.parameters(), *part.buffers()] if hasattr(part, "parameters") else []
             for tensor in tensors:
                 parts = held.setdefault("RAM" if tensor.device.type == "cpu" else str(tensor.device), {})
@@ -163,10 +158,7 @@ class ImageEngine:
         """End what runs with ``EngineClosed``, after its present step, and free the memory; idempotent."""
         if self._forked:
             return
-        with self._lock:
-            if not self._closing:
-                self._closing = True
-                self._jobs.put((-1, 0, None))
+        self._jobs.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -177,24 +169,10 @@ class ImageEngine:
     # -- the engine's thread ----------------------------------------------------------------------------
 
     def _run(self) -> None:
-        closed = EngineClosed(f"{self._name} was unloaded while the request ran.")
         try:
-            while True:
-                _, _, job = self._jobs.get()
-                if job is None:
-                    break
-                self._running = 1
-                try:
-                    self._serve(job)
-                except BaseException as error:  # noqa: BLE001 - nobody may be left waiting
-                    job.stream.fail(self._translated(error, job))
-                finally:
-                    self._running = 0
+            self._jobs.serve(self._serve, self._translated)
         finally:
-            while not self._jobs.empty():
-                _, _, job = self._jobs.get_nowait()
-                if job is not None:
-                    job.stream.fail(closed)
+            self._jobs.fail()
             self._free()
 
     def _translated(self, error: BaseException, job: _Job) -> NbinferError:
@@ -214,12 +192,12 @@ class ImageEngine:
         reason = "stop"
         for first in range(0, job.request.n, self._batch):
             try:
-                if job.stream.cancelled or self._closing:
+                if job.stream.cancelled or self._jobs.closing:
                     raise _Stopped  # noqa: TRY301 - as between two steps
                 self._make(job, first, min(self._batch, job.request.n - first))
             except _Stopped:
-                if self._closing:
-                    raise EngineClosed(f"{self._name} was unloaded while the request ran.") from None
+                if self._jobs.closing:
+                    raise self._jobs.unloaded() from None
                 reason = "interrupted"
                 break
         job.stream.put(
@@ -282,7 +260,7 @@ class ImageEngine:
         def on_step(pipeline: Any, step: int, time_step: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             nonlocal seen
             del step, time_step
-            if job.stream.cancelled or self._closing:
+            if job.stream.cancelled or self._jobs.closing:
                 raise _Stopped
             # Counted here: schedulers that take two calls a step number them in their own way.
             seen += 1

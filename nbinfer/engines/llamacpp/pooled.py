@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ import numpy as np
 
 from nbinfer.contract.errors import (
     ContextOverflow,
-    EngineClosed,
     EngineError,
     NbinferError,
     NotSupported,
@@ -22,6 +20,7 @@ from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import EmbeddingRequest, RerankRequest
 from nbinfer.contract.results import EmbeddingResult, Finished, PromptProgress, RerankResult
 from nbinfer.engines.alive import closed_on_error, register
+from nbinfer.engines.jobs import Jobs
 from nbinfer.engines.llamacpp.context import OK, Context, engine_version
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
@@ -97,11 +96,8 @@ class PooledEngine:
             version=engine_version(),
             effective={**self._context.effective(), "pooling": _POOLINGS.get(pooling, "unknown")},
         )
-        self._jobs: queue.PriorityQueue[tuple[int, int, _Job | None]] = queue.PriorityQueue()
-        self._order = 0
-        self._lock = threading.Lock()
-        self._closing = self._forked = False
-        self._running = 0
+        self._jobs: Jobs[_Job] = Jobs(name)
+        self._forked = False
         self._done_tokens = 0
 
     @property
@@ -138,12 +134,7 @@ class PooledEngine:
                     context_size=self.info.context_size,
                 )
         stream = Stream()
-        with self._lock:
-            if self._closing:
-                raise EngineClosed(f"{self._name} was unloaded; load it again with nb.load.")
-            self._order += 1
-            rank = 0 if request.priority == "interactive" else 1
-            self._jobs.put((rank, self._order, _Job(request, tokens, stream)))
+        self._jobs.put(_Job(request, tokens, stream))
         return stream
 
     def _pair(self, query: str, document: str) -> NDArray[np.int32]:
@@ -182,17 +173,16 @@ class PooledEngine:
 
     def load(self) -> EngineLoad:
         """Return what is running now."""
-        return EngineLoad(running=self._running, waiting=self._jobs.qsize(), prompt_tokens=self._done_tokens)
+        return EngineLoad(
+            running=self._jobs.running, waiting=self._jobs.waiting, prompt_tokens=self._done_tokens
+        )
 
     def close(self) -> None:
         """End what runs with ``EngineClosed`` and free the memory; idempotent."""
         if self._forked:
             return
-        with self._lock:
-            if not self._closing:
-                self._closing = True
-                self._context.request_abort()
-                self._jobs.put((-1, 0, None))
+        self._jobs.close()
+        self._context.request_abort()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -204,28 +194,18 @@ class PooledEngine:
     # -- the engine's thread ----------------------------------------------------------------------------
 
     def _run(self) -> None:
-        closed = EngineClosed(f"{self._name} was unloaded while the request ran.")
         try:
-            while True:
-                _, _, job = self._jobs.get()
-                if job is None:
-                    break
-                self._running = 1
-                try:
-                    self._serve(job)
-                except NbinferError as e:
-                    job.stream.fail(closed if self._closing else e)
-                except BaseException as e:  # noqa: BLE001 - nobody may be left waiting
-                    job.stream.fail(EngineError(f"the engine failed: {e!r}"))
-                finally:
-                    self._running = 0
+            self._jobs.serve(self._serve, self._failure)
         finally:
-            while not self._jobs.empty():
-                _, _, job = self._jobs.get_nowait()
-                if job is not None:
-                    job.stream.fail(closed)
+            self._jobs.fail()
             self._context.close()
             self._weights.close()
+
+    def _failure(self, error: BaseException, job: _Job) -> NbinferError:
+        del job
+        if isinstance(error, NbinferError):
+            return self._jobs.unloaded() if self._jobs.closing else error
+        return EngineError(f"the engine failed: {error!r}")
 
     def _serve(self, job: _Job) -> None:
         began = time.perf_counter()
@@ -235,7 +215,7 @@ class PooledEngine:
         out = np.zeros((int(starts[-1]), self._size), np.float32)
         done = 0
         for pack in self._packs(job.tokens):
-            if self._closing or job.stream.cancelled:
+            if self._jobs.closing or job.stream.cancelled:
                 raise EngineError("the request was interrupted.")
             self._decode_pack(pack, job.tokens, starts, out)
             done += len(pack)

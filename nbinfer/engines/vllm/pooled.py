@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ import numpy as np
 
 from nbinfer.contract.errors import (
     ContextOverflow,
-    EngineClosed,
     EngineError,
     NbinferError,
     NotSupported,
@@ -20,6 +18,7 @@ from nbinfer.contract.errors import (
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import EmbeddingRequest, RerankRequest
 from nbinfer.contract.results import EmbeddingResult, Finished, PromptProgress, RerankResult
+from nbinfer.engines.jobs import Jobs
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
 from nbinfer.engines.vectors import as_asked
@@ -29,6 +28,8 @@ from nbinfer.engines.vllm.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
 
     from nbinfer.contract.requests import CompletionRequest, Request
     from nbinfer.engines.vllm.arguments import VllmArguments
@@ -70,10 +71,8 @@ class PooledEngine:
         version: str = "",
     ) -> None:
         self._mode, self._name, self._digest, self._version = mode, name, digest, version
-        self._jobs: queue.PriorityQueue[tuple[int, int, _Job | None]] = queue.PriorityQueue()
-        self._order = 0
-        self._running = self._done_tokens = 0
-        self._current: _Job | None = None
+        self._jobs: Jobs[_Job] = Jobs(name)
+        self._done_tokens = 0
         self._llm: Any = None
         self._host = self._make_host(given, variables, threads)
         self._host.start()
@@ -144,11 +143,7 @@ class PooledEngine:
                     context_size=self.info.context_size,
                 )
         stream = Stream()
-        with self._host.wake:
-            self._host.check_open()
-            self._order += 1
-            rank = 0 if request.priority == "interactive" else 1
-            self._jobs.put((rank, self._order, _Job(request, tokens, stream)))
+        self._jobs.put(_Job(request, tokens, stream))
         return stream
 
     def render(self, request: CompletionRequest) -> tuple[str, int]:
@@ -167,39 +162,35 @@ class PooledEngine:
 
     def load(self) -> EngineLoad:
         """Return what is running now."""
-        return EngineLoad(running=self._running, waiting=self._jobs.qsize(), prompt_tokens=self._done_tokens)
+        return EngineLoad(
+            running=self._jobs.running, waiting=self._jobs.waiting, prompt_tokens=self._done_tokens
+        )
 
     def close(self) -> None:
         """End what runs with ``EngineClosed`` and give the memory back; idempotent."""
-        with self._host.wake:
-            if not self._host.closing:
-                self._jobs.put((-1, 0, None))
+        self._jobs.close()
         self._host.close()
 
     # -- the engine's thread ----------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        while True:
-            _, _, job = self._jobs.get()
-            if job is None or self._host.closing:
-                self._current = job
-                return
-            self._current, self._running = job, 1
-            try:
-                self._run(job)
-            except NbinferError as e:
-                job.stream.fail(e)
-            except ValueError as e:  # what vLLM refuses concerns this request only
-                job.stream.fail(RequestError(f"vLLM refuses this request: {words(e)}"))
-            finally:
-                self._running = 0
+        self._jobs.serve(self._run, self._failure)
+
+    @staticmethod
+    def _failure(error: BaseException, job: _Job) -> NbinferError:
+        del job
+        if isinstance(error, NbinferError):
+            return error
+        if isinstance(error, ValueError):  # what vLLM refuses concerns this request only
+            return RequestError(f"vLLM refuses this request: {words(error)}")
+        raise error
 
     def _run(self, job: _Job) -> None:
         began = time.perf_counter()
         parts: list[Any] = []
         for lot in self._lots(job):
             if self._host.closing:
-                raise EngineClosed(f"{self._name} was unloaded while the request ran.")
+                raise self._jobs.unloaded()
             if job.stream.cancelled:
                 raise EngineError("the request was interrupted.")
             if isinstance(job.request, RerankRequest):
@@ -226,20 +217,24 @@ class PooledEngine:
         for start in range(0, len(job.tokens), _AT_ONCE):
             yield range(start, min(start + _AT_ONCE, len(job.tokens)))
 
-    def _vectors(self, texts: list[list[int]]) -> Any:
+    def _vectors(self, texts: list[list[int]]) -> NDArray[np.float32]:
         """Vectors as the model gives them, float32 of shape (texts, dimensions); zeros for an empty text."""
+        filled = [i for i, ids in enumerate(texts) if ids]
+        if not filled:
+            return np.zeros((len(texts), self.info.dimensions or 0), np.float32)
+        made = self._computed([texts[i] for i in filled])
+        vectors = np.zeros((len(texts), made.shape[1]), np.float32)
+        vectors[filled] = made
+        return vectors
+
+    def _computed(self, texts: list[list[int]]) -> NDArray[np.float32]:
+        """Vectors of texts that have tokens, as the model gives them; shape (texts, dimensions)."""
         from vllm import PoolingParams
 
-        asked = [{"prompt_token_ids": ids} for ids in texts if ids]
+        asked = [{"prompt_token_ids": ids} for ids in texts]
         # Cut and normalised here: vLLM does either for some models only.
         found = self._llm.embed(asked, pooling_params=PoolingParams(use_activation=False), use_tqdm=False)
-        made = [np.asarray(each.outputs.embedding, np.float32) for each in found]
-        size = self.info.dimensions if not made else len(made[0])
-        vectors, rows = np.zeros((len(texts), size or 0), np.float32), iter(made)
-        for i, ids in enumerate(texts):
-            if ids:
-                vectors[i] = next(rows)
-        return vectors
+        return np.stack([np.asarray(each.outputs.embedding, np.float32) for each in found])
 
     def _scores(self, query: str, documents: list[str]) -> Any:
         """Scores of documents, float32 of shape (documents,)."""
@@ -248,12 +243,7 @@ class PooledEngine:
 
     def _fail_all(self, error: NbinferError) -> None:
         """End every request that has no end yet, and let go of the model."""
-        if self._current is not None:
-            self._current.stream.fail(error)
-        while not self._jobs.empty():
-            _, _, job = self._jobs.get_nowait()
-            if job is not None:
-                job.stream.fail(error)
+        self._jobs.fail(error)
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from nbinfer.contract.requests import Request
     from nbinfer.engines.stream import Stream
     from nbinfer.engines.vllm.answers import Job
@@ -432,13 +434,7 @@ class ServedCompletions(CompletionEngine):
 
     def _fail_all(self, error: NbinferError) -> None:
         """End every request that has no end yet."""
-        with self._host.wake:
-            everyone, self._unfinished = self._unfinished, set()
-            for waiting in (self._inbox, self._cells, self._rows):
-                waiting.clear()
-            self._running.clear()
-        for job in everyone:
-            job.stream.fail(error)
+        super()._fail_all(error)
         if self._chat is not None:
             self._chat.close()
 
@@ -598,21 +594,11 @@ class ServedPooling(PooledEngine):
             version=self._version,
         )
 
-    def _vectors(self, texts: list[list[int]]) -> Any:
-        """Vectors as the model gives them, float32 of shape (texts, dimensions); zeros for an empty text."""
-        asked = [ids for ids in texts if ids]
-        made: Any = []
-        if asked:
-            # Cut and normalised here: vLLM does either for some models only.
-            found = self._post("/v1/embeddings", input=asked, encoding_format="base64", use_activation=False)
-            data = sorted(found["data"], key=lambda each: each["index"])
-            made = vectors_from_wire(each["embedding"] for each in data)
-        size = self.info.dimensions if not asked else made.shape[1]
-        vectors, rows = np.zeros((len(texts), size or 0), np.float32), iter(made)
-        for i, ids in enumerate(texts):
-            if ids:
-                vectors[i] = next(rows)
-        return vectors
+    def _computed(self, texts: list[list[int]]) -> NDArray[np.float32]:
+        """Vectors of texts that have tokens, as the model gives them; shape (texts, dimensions)."""
+        found = self._post("/v1/embeddings", input=texts, encoding_format="base64", use_activation=False)
+        data = sorted(found["data"], key=lambda each: each["index"])
+        return vectors_from_wire(each["embedding"] for each in data)
 
     def _scores(self, query: str, documents: list[str]) -> Any:
         """Scores of documents, float32 of shape (documents,)."""
@@ -626,12 +612,3 @@ class ServedPooling(PooledEngine):
         host: Any = self._host
         name = ALWAYS if ALWAYS in self._given.adapters else self._name
         return host.call(self._client.post(path, {"model": name, **body}))
-
-    def _fail_all(self, error: NbinferError) -> None:
-        """End every request that has no end yet."""
-        if self._current is not None:
-            self._current.stream.fail(error)
-        while not self._jobs.empty():
-            _, _, job = self._jobs.get_nowait()
-            if job is not None:
-                job.stream.fail(error)
