@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 
 from nbinfer.memory.compute import add_compute
 from nbinfer.memory.layout import CPU, Layout, flash_runs
-from nbinfer.memory.settings import Numbers, experts_stay, repacked_types, split_layers
-from nbinfer.memory.shape import CPU_ALIGNMENT, gpu_bytes, padded, row_bytes
+from nbinfer.memory.rearranged import NOTHING, rearranging
+from nbinfer.memory.settings import Numbers, experts_stay, split_layers
+from nbinfer.memory.shape import CPU_ALIGNMENT, gpu_bytes, is_expert, padded, row_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from nbinfer.gguf import TensorInfo
+    from nbinfer.memory.rearranged import Rearranging
     from nbinfer.memory.settings import Settings
     from nbinfer.memory.shape import Part, Shape
 
@@ -59,25 +61,29 @@ def _add_weights(made: Layout, shape: Shape, settings: Settings, *, gpus: int) -
 
     With a GPU the host's weights lie in pinned memory and are never rearranged.
     """
-    repack = repacked_types() if settings.repack and not gpus else {}
+    how = rearranging() if settings.repack and not gpus else NOTHING
     stayed: list[TensorInfo] = []
 
     def place(part: Part, device: int, *, experts_here: bool) -> None:
-        held = made.on(device)
-        host = made.on(CPU)
         if device == CPU:
-            held.weights += part.host
-            held.repacked += _repacked(part, repack, experts=False)
-            stayed.extend(t for n, t in part.tensors.items() if experts_here or not _is_expert(n))
+            keep(part, part.host, experts=False)
         else:
-            held.weights += part.device
-        if not experts_here or device == CPU:
-            host.weights += part.experts_host
-            host.repacked += _repacked(part, repack, experts=True)
-            if device != CPU:
-                stayed.extend(t for n, t in part.tensors.items() if _is_expert(n))
+            made.on(device).weights += part.device
+        if device == CPU or not experts_here:
+            keep(part, part.experts_host, experts=True)
         else:
-            held.weights += part.experts_device
+            made.on(device).weights += part.experts_device
+
+    def keep(part: Part, size: int, *, experts: bool) -> None:
+        """Put a part's experts, or the rest of it, in main memory."""
+        copies, host = part.copies(how, experts=experts), made.on(CPU)
+        host.weights += size + copies.added
+        host.repacked += copies.n_bytes
+        stayed.extend(
+            tensor
+            for name, tensor in part.tensors.items()
+            if is_expert(name) is experts and tensor.name not in copies.names
+        )
 
     place(shape.input, CPU, experts_here=True)
     for block in shape.blocks:
@@ -90,52 +96,21 @@ def _add_weights(made: Layout, shape: Shape, settings: Settings, *, gpus: int) -
         if device == CPU:
             stayed.extend(shape.rope.tensors.values())
     if shape.tied is not None:
-        _add_tied(made, shape.tied, repack, always=shape.tied_twice)
+        _add_tied(made, shape.tied, how, always=shape.tied_twice)
     if settings.mmap:
-        made.mapped = _span(shape, [tensor for tensor in stayed if not rearranges(tensor, repack)])
+        made.mapped = _span(shape, stayed)
 
 
-def rearranges(tensor: TensorInfo, repack: dict[str, int]) -> bool:
-    """Whether ggml-cpu copies a tensor into another layout; what it copies does not stay mapped."""
-    name = tensor.name.split(".", 2)[-1] if tensor.name.startswith("blk.") else tensor.name
-    dimensions = len(tensor.shape)
-    return (
-        tensor.type in repack
-        and dimensions == (3 if _is_expert(name) else 2)
-        and not tensor.name.startswith("token_embd")
-        and tensor.shape[1] % repack[tensor.type] == 0
-    )
-
-
-def _is_expert(name: str) -> bool:
-    return name.startswith(("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_up_exps"))
-
-
-def _add_tied(made: Layout, tied: TensorInfo, repack: dict[str, int], *, always: bool) -> None:
+def _add_tied(made: Layout, tied: TensorInfo, how: Rearranging, *, always: bool) -> None:
     """Count the embedding a second time where it serves as output from another kind of buffer."""
     device = made.placed[-1]
     if device != CPU:
         made.on(device).weights += gpu_bytes(tied.type, tied.n_bytes, tied.shape[0])
         return
-    size = padded(tied.n_bytes, CPU_ALIGNMENT)
-    rearranged = tied.type in repack and tied.shape[1] % repack[tied.type] == 0
-    if rearranged or always:
-        made.on(CPU).weights += size
-        made.on(CPU).repacked += size if rearranged else 0
-
-
-def _repacked(part: Part, repack: dict[str, int], *, experts: bool) -> int:
-    """Return the bytes that ggml-cpu copies into another layout (``ggml_repack_get_optimal_repack_type``)."""
-    if not repack:
-        return 0
-    return sum(
-        size
-        for size, kind, rows, dimensions, expert in part.matrices
-        if expert is experts
-        and kind in repack
-        and rows % repack[kind] == 0
-        and dimensions == (3 if expert else 2)
-    )
+    copied = how.copied(tied)
+    if copied or always:
+        made.on(CPU).weights += padded(copied or tied.n_bytes, CPU_ALIGNMENT)
+        made.on(CPU).repacked += padded(copied, CPU_ALIGNMENT)
 
 
 def _span(shape: Shape, tensors: Sequence[TensorInfo]) -> int:

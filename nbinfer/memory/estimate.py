@@ -566,7 +566,7 @@ def _ask(
     except ProbeRefused as refusal:
         raise CannotEstimate(str(refusal)) from refusal
     held = {CPU: answer.on("CPU")} | {i: answer.on(f"CUDA{i}") for i in range(len(devices))}
-    repacked = sum(row.model for row in answer.rows if "REPACK" in row.buffer)
+    repacked = sum(row.model for row in answer.rows if row.copied)
     return _Measured({i: (row.model, row.context, row.compute) for i, row in held.items()}, repacked), ""
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 from nbinfer.contract.errors import ConfigError, NotSupported
@@ -18,10 +15,6 @@ if TYPE_CHECKING:
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 _CELLS = 256
-# ggml-cpu's rearranged layouts: type -> the multiple that the number of rows must have.
-_REPACK_AVX2 = {"Q4_0": 8, "Q4_K": 8, "IQ4_NL": 8, "MXFP4": 8}
-_REPACK_AVX512 = _REPACK_AVX2 | {"Q2_K": 8}
-_REPACK_NEON = {"Q4_0": 4, "Q4_K": 8, "Q5_K": 8, "Q6_K": 8, "IQ4_NL": 4, "MXFP4": 4, "Q8_0": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,33 +159,6 @@ class Numbers:
             tokens=padded(tokens, parallel),
             outputs=outputs,
         )
-
-
-@cache
-def repacked_types() -> dict[str, int]:
-    """Return the tensor types that ggml rearranges for this machine's processor, with the row multiple.
-
-    Read from the processor's flags: llama.cpp is built for the machine it is installed on.
-    """
-    machine = platform.machine().lower()
-    if machine in ("arm64", "aarch64"):
-        return _REPACK_NEON
-    flags = _processor_flags()
-    if "avx512f" in flags:
-        return _REPACK_AVX512
-    return _REPACK_AVX2 if "avx2" in flags else {}
-
-
-def _processor_flags() -> frozenset[str]:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - a stream
-            for line in file:
-                if line.startswith(("flags", "Features")):
-                    return frozenset(line.partition(":")[2].split())
-    except OSError:
-        pass
-    # Elsewhere: every processor that these systems still run on has them.
-    return frozenset(("avx2",)) if os.name == "nt" or platform.machine() == "x86_64" else frozenset()
 
 
 def expert_patterns(experts_on_cpu: bool | int) -> tuple[str, ...]:  # noqa: FBT001 - a setting's value

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from nbinfer.gguf import Header, TensorInfo
+    from nbinfer.memory.rearranged import Rearranging
 
 CPU_ALIGNMENT = 32
 GPU_ALIGNMENT = 128
@@ -84,14 +85,6 @@ _INPUT = frozenset(("token_embd", "position_embd", "token_types", "per_layer_tok
 _FIRST_BLOCK = frozenset(("token_embd_norm", "per_layer_model_proj", "per_layer_proj_norm"))
 _EVERY_BLOCK = ("rope_freqs", "rope_factors")
 _EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_up_exps")
-_LOOKED_UP = (
-    "token_embd.weight",
-    "per_layer_token_embd.weight",
-    "position_embd.weight",
-    "token_types.weight",
-)
-_BATCHED_MATRICES = ("attn_k_b.weight", "attn_v_b.weight")
-_TWO_DIMENSIONS = 2
 _MOST_BLOCKS, _MOST_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
 
 
@@ -130,37 +123,66 @@ def _types() -> dict[str, Any]:
     return _by_name
 
 
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """What of a part is copied for the processor: bytes, how many more than in the file, and names."""
+
+    n_bytes: int = 0
+    added: int = 0
+    names: frozenset[str] = frozenset()
+
+
 @dataclass(slots=True)
 class Part:
     """Bytes of the tensors that are placed together: one block's, the input's or the output's.
 
     ``experts_*`` are of the expert matrices alone, and not in the others. ``host`` and ``device`` hold the
-    sizes with their padding; ``matrices`` the ``(bytes, type, rows, dimensions)`` of what can be rearranged
-    for the processor.
+    sizes with their padding. What is ``looked_up``, row by row, is never multiplied with.
     """
 
     host: int = 0
     device: int = 0
     experts_host: int = 0
     experts_device: int = 0
-    matrices: list[tuple[int, str, int, int, bool]] = field(default_factory=list)
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    looked_up: bool = False
+    _copies: tuple[Rearranging, Copies, Copies] | None = None
 
     def add(self, name: str, tensor: TensorInfo) -> None:
         """Count a tensor that is placed here."""
         host = padded(tensor.n_bytes, CPU_ALIGNMENT)
         device = gpu_bytes(tensor.type, tensor.n_bytes, tensor.shape[0])
-        expert = name.startswith(_EXPERTS)
-        if expert:
+        if is_expert(name):
             self.experts_host += host
             self.experts_device += device
         else:
             self.host += host
             self.device += device
-        # Vectors are never multiplied with; matrices in a looked-up or batched use are never rearranged.
-        if len(tensor.shape) >= _TWO_DIMENSIONS and not name.endswith(_BATCHED_MATRICES):
-            self.matrices.append((host, tensor.type, tensor.shape[1], len(tensor.shape), expert))
         self.tensors[name] = tensor
+
+    def copies(self, how: Rearranging, *, experts: bool) -> Copies:
+        """Return what of this part is copied, of the experts or of the rest; the last answer is kept."""
+        if self.looked_up:
+            return Copies()
+        if self._copies is None or self._copies[0] is not how:
+            self._copies = (how, self._copied(how, experts=False), self._copied(how, experts=True))
+        return self._copies[2 if experts else 1]
+
+    def _copied(self, how: Rearranging, *, experts: bool) -> Copies:
+        n_bytes = added = 0
+        names = []
+        for name, tensor in self.tensors.items():
+            if is_expert(name) is experts and (size := how.copied(tensor, expert=experts)):
+                size = padded(size, CPU_ALIGNMENT)
+                n_bytes += size
+                added += size - padded(tensor.n_bytes, CPU_ALIGNMENT)
+                names.append(tensor.name)
+        return Copies(n_bytes, added, frozenset(names))
+
+
+def is_expert(name: str) -> bool:
+    """Whether a tensor, named without its block, holds the matrices of a mixture's experts."""
+    return name.startswith(_EXPERTS)
 
 
 @dataclass(slots=True)
@@ -441,7 +463,7 @@ def _blocks_with_cache(header: Header, trunk: int) -> list[bool]:
 def _place(header: Header, trunk: int, count: int) -> tuple[Part, Part, Part, list[Part]]:
     """Sort the tensors by what they are placed with: the input, the output, each block, or every block."""
     parts = [Part() for _ in range(max(count, 1))]
-    input_part, output_part, rope = Part(), Part(), Part()
+    input_part, output_part, rope = Part(looked_up=True), Part(), Part()
     for tensor in header.tensors:
         found = _BLOCK.match(tensor.name)
         if found:
@@ -461,8 +483,6 @@ def _place(header: Header, trunk: int, count: int) -> tuple[Part, Part, Part, li
             parts[0].add(tensor.name, tensor)
         else:
             output_part.add(tensor.name, tensor)
-    # Looked up row by row, never multiplied with.
-    input_part.matrices = []
     return input_part, output_part, rope, parts[:trunk]
 
 

@@ -15,7 +15,7 @@ from nbinfer.contract.errors import ConfigError, NbinferError, NotSupported
 from nbinfer.contract.memory import RequiredMemory
 from nbinfer.gguf import read_header
 from nbinfer.memory import DeviceEstimate, Estimate, estimate
-from nbinfer.memory import settings as settings_module
+from nbinfer.memory.rearranged import NOTHING, Rearranging, rearranging
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +46,7 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> Load:
 @pytest.fixture(autouse=True)
 def plain_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that wants no weights rearranged, whatever the tests run on."""
-    monkeypatch.setattr("nbinfer.memory.analytic.repacked_types", dict)
+    monkeypatch.setattr("nbinfer.memory.analytic.rearranging", lambda: NOTHING)
 
 
 def plan(found: Header, **options: Any) -> Estimate:
@@ -89,7 +89,7 @@ def test_weights_in_main_memory_stay_in_the_file_unless_it_is_read(header: Load)
 def test_what_is_rearranged_is_needed_and_not_read_in_the_file_again(
     header: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nbinfer.memory.analytic.repacked_types", lambda: {"Q4_K": 8})
+    monkeypatch.setattr("nbinfer.memory.analytic.rearranging", lambda: Rearranging({"Q4_K": 8}))
     made = plan(header("llama-3.1-8b"))
     assert made.ram.weights > 3 * GIB
     assert made.ram.at_hand < made.ram.file_backed
@@ -312,6 +312,6 @@ def test_without_llama_cpp_formulas_answer_and_say_so(header: Load, monkeypatch:
 
 
 def test_the_processor_of_this_machine_has_known_layouts() -> None:
-    assert set(settings_module.repacked_types()) <= {
+    assert set(rearranging().rows) <= {
         "Q2_K", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4",
     }  # fmt: skip

@@ -10,17 +10,16 @@ import pytest
 from support import synthetic
 
 from nbinfer.contract.errors import ConfigError, NotSupported
-from nbinfer.gguf import read_header
-from nbinfer.memory import compute
-from nbinfer.memory import settings as settings_module
+from nbinfer.gguf import TensorInfo, read_header
+from nbinfer.memory import compute, rearranged
 from nbinfer.memory.analytic import layout
 from nbinfer.memory.graph import Graph, View
 from nbinfer.memory.layout import CPU
+from nbinfer.memory.rearranged import NOTHING, Rearranging
 from nbinfer.memory.settings import (
     Numbers,
     Settings,
     expert_patterns,
-    repacked_types,
     split_layers,
 )
 from nbinfer.memory.shape import Shape, gpu_bytes, row_bytes
@@ -257,21 +256,54 @@ def test_what_is_rearranged_depends_on_the_processor(
     machine: str, flags: set[str], expected: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    monkeypatch.setattr(settings_module, "_processor_flags", lambda: frozenset(flags))
-    repacked_types.cache_clear()
+    monkeypatch.setattr(rearranged, "_processor_flags", lambda: frozenset(flags))
+    rearranged.rearranging.cache_clear()
     try:
-        assert set(repacked_types()) == expected
+        assert set(rearranged.rearranging().rows) == expected
     finally:
-        repacked_types.cache_clear()
+        rearranged.rearranging.cache_clear()
+
+
+TILES = Rearranging({"Q4_0": 8, "IQ4_NL": 8}, tiles=True)
+COPIED = [
+    # type, shape, bytes in the file, expert, bytes of the copy
+    ("Q4_0", (64, 32), 1152, False, 1152),
+    ("Q4_1", (64, 32), 1280, False, 1280),
+    ("Q8_0", (64, 32), 2176, False, 2176 + 32 * 2 * 4),
+    ("Q4_K", (512, 32), 9216, False, 9216 + 32 * 2 * 4),
+    ("Q5_K", (512, 32), 11264, False, 11264 + 32 * 2 * 4),
+    ("Q6_K", (512, 32), 13440, False, 13440),
+    ("IQ4_XS", (512, 32), 8704, False, 8704 + 32 * 2 * 2),
+    ("F16", (48, 32), 3072, False, 3072),
+    ("Q8_0", (64, 40), 2720, False, 0),  # 40 rows are no whole tiles
+    ("Q4_0", (64, 40), 1440, False, 1440),  # but whole groups of eight
+    ("Q4_0", (64, 36), 1296, False, 0),
+    ("IQ4_NL", (64, 32), 1152, False, 1152),
+    ("F32", (64, 32), 8192, False, 0),
+    ("Q8_0", (64, 32, 4), 8704, False, 0),  # several slices
+    ("Q8_0", (64, 32, 4), 8704, True, 0),  # experts have no tiles
+    ("Q4_0", (64, 32, 4), 4608, True, 4608),
+    ("Q8_0", (64,), 68, False, 0),
+]
+
+
+@pytest.mark.parametrize(("kind", "dimensions", "stored", "expert", "copied"), COPIED)
+def test_tiles_have_room_for_what_each_type_adds(
+    kind: str, dimensions: tuple[int, ...], stored: int, expert: bool, copied: int
+) -> None:
+    tensor = TensorInfo("blk.0.x.weight", dimensions, kind, 0, stored)
+    assert TILES.copied(tensor, expert=expert) == copied
+    assert TILES.copied(tensor._replace(name="blk.0.attn_k_b.weight")) == stored
+    assert NOTHING.copied(tensor, expert=expert) == 0
 
 
 def test_rearranged_weights_do_not_stay_mapped(shape: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     qwen = shape("qwen3-0.6b-q4_0")
-    monkeypatch.setattr("nbinfer.memory.analytic.repacked_types", lambda: {"Q4_0": 8})
-    rearranged = layout(qwen, Settings(context_size=512))
+    monkeypatch.setattr("nbinfer.memory.analytic.rearranging", lambda: Rearranging({"Q4_0": 8}))
+    copied = layout(qwen, Settings(context_size=512))
     as_stored = layout(qwen, Settings(context_size=512, repack=False))
-    assert as_stored.on(CPU).repacked == 0 < rearranged.on(CPU).repacked < rearranged.on(CPU).weights
-    assert rearranged.mapped < as_stored.mapped
+    assert as_stored.on(CPU).repacked == 0 < copied.on(CPU).repacked < copied.on(CPU).weights
+    assert copied.mapped < as_stored.mapped
     assert layout(qwen, Settings(context_size=512, mmap=False)).mapped == 0
 
 
@@ -329,7 +361,7 @@ def test_rounds_left_out_of_the_graph_would_not_have_changed_its_size(
     made = layout(shape(name), settings, GPU)
     for rule in ("_rounds_kept", "_ends_kept"):
         monkeypatch.setattr(compute, rule, lambda kinds, *_, **__: [True] * len(kinds))
-    whole = layout(shape(name), settings, GPU)
+    whole = layout(replace(shape(name)), settings, GPU)  # a copy, which knows no schedule yet
     assert {device: held.compute for device, held in made.held.items()} == {
         device: held.compute for device, held in whole.held.items()
     }

@@ -15,7 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from nbinfer.contract.errors import BackendUnavailable, NotSupported
-from nbinfer.memory.probe.amx import may_rearrange
+from nbinfer.memory.probe import amx
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -108,11 +108,23 @@ def library() -> ModuleType:
     return module
 
 
+def _shared() -> ctypes.CDLL:
+    bound = library()._lib  # noqa: SLF001 - the one handle that is sure to be the library in use
+    return ctypes.CDLL(bound._name, handle=bound._handle)  # noqa: SLF001
+
+
 @cache
 def may_rearrange_weights() -> bool:
     """Whether weights may be rearranged for fast CPU kernels; see :mod:`nbinfer.memory.probe.amx`."""
-    bound = library()._lib  # noqa: SLF001 - the one handle that is sure to be the library in use
-    return may_rearrange(ctypes.CDLL(bound._name, handle=bound._handle))  # noqa: SLF001
+    return amx.may_rearrange(_shared())
+
+
+@cache
+def untiled_weights() -> dict[str, int]:
+    """Return where weights go that must not be rearranged as the others: buffer types by pattern of names."""
+    if library().llama_supports_gpu_offload() or not amx.uses(_shared()):
+        return {}
+    return {amx.BATCHED: amx.plain_layout(_shared())}
 
 
 def main_memory() -> int:
@@ -123,9 +135,8 @@ def main_memory() -> int:
     NotSupported
         This build does not tell it.
     """
-    bound = library()._lib  # noqa: SLF001 - as above
     try:
-        function = ctypes.CDLL(bound._name, handle=bound._handle)["ggml_backend_cpu_buffer_type"]  # noqa: SLF001
+        function = _shared()["ggml_backend_cpu_buffer_type"]
     except AttributeError:
         raise NotSupported(
             "experts_on_cpu: this build of llama.cpp does not tell where main memory is; use gpu_layers."

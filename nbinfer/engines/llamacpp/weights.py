@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbinfer.contract.errors import ConfigError, EngineClosed, ModelLoadError
-from nbinfer.engines.llamacpp.library import LOG, library, main_memory, may_rearrange_weights
+from nbinfer.engines.llamacpp.library import (
+    LOG,
+    library,
+    main_memory,
+    may_rearrange_weights,
+    untiled_weights,
+)
 from nbinfer.engines.plaintext import SEAM, control_pattern
 from nbinfer.memory.probe.abi import buffer_overrides
 from nbinfer.memory.settings import expert_patterns
@@ -73,8 +79,11 @@ class Weights:
         if tensor_split is not None:
             shares = (ctypes.c_float * lib.LLAMA_MAX_DEVICES)(*tensor_split)
             params.tensor_split = shares
+        places = dict(untiled_weights())
         if experts_on_cpu:
-            rules = buffer_overrides(expert_patterns(_experts(experts_on_cpu)), main_memory())
+            places |= dict.fromkeys(expert_patterns(_experts(experts_on_cpu)), main_memory())
+        if places:
+            rules = buffer_overrides(places)
             params.tensor_buft_overrides = ctypes.addressof(rules)
         self._cancelled = threading.Event()
         self._guard = threading.RLock()

@@ -10,6 +10,7 @@ from nbinfer.memory.probe.client import (
     ProbeFailed,
     ProbeRefused,
     ProbeUnavailable,
+    library_folder,
     shared_probe,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "ProbeFailed",
     "ProbeRefused",
     "ProbeUnavailable",
+    "library_folder",
     "shared_probe",
 ]

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping
     from ctypes import Array
 
 # ggml_backend_dev_type
@@ -121,10 +121,13 @@ class BufferOverride(Structure):
     _fields_: ClassVar = [("pattern", c_char_p), ("buffer_type", c_void_p)]
 
 
-def buffer_overrides(patterns: Sequence[str], buffer_type: int) -> Array[BufferOverride]:
-    """Return the list for ``tensor_buft_overrides``; it must live until the model is loaded."""
-    rules = (BufferOverride * (len(patterns) + 1))()  # the last one, empty, ends it
-    for rule, pattern in zip(rules, patterns, strict=False):
+def buffer_overrides(places: Mapping[str, int]) -> Array[BufferOverride]:
+    """Return the list for ``tensor_buft_overrides``; it must live until the model is loaded.
+
+    ``places`` are buffer types by the pattern of the tensors that go there.
+    """
+    rules = (BufferOverride * (len(places) + 1))()  # the last one, empty, ends it
+    for rule, (pattern, buffer_type) in zip(rules, places.items(), strict=False):
         rule.pattern, rule.buffer_type = pattern.encode(), buffer_type
     return rules
 

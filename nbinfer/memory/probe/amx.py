@@ -1,37 +1,101 @@
-"""AMX kept out of a process that runs llama.cpp.
+"""Whether llama.cpp may use AMX in a process, and how it is kept from it.
 
-Builds of llama.cpp for processors with AMX end the process with a general protection fault at the first batch
-on quantised weights: GCC 12 drops most of the stores to the tile configuration. Without AMX the other
-rearranged layouts can be used all the same; they are one and a half times as fast as plain ones on 4-bit
-weights. The engine and the exact probe both ask here, so that they plan alike.
+Processors with AMX multiply quantised weights two to four times as fast with it, but some builds of llama.cpp
+end the process with a general protection fault at the first product: GCC drops most of the stores to the
+tile configuration. A build is tried once, in a process of its own. Where it fails, AMX is kept out; the other
+rearranged layouts can be used all the same. The engine and the exact probe both ask here, so that they plan
+alike.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nbinfer.memory.probe import amx_check
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_SECONDS = 20.0
+REBUILD = (
+    'CXXFLAGS="-fno-dse -fno-tree-dse" pip install --force-reinstall --no-cache-dir --no-deps '
+    "--no-binary llama-cpp-python llama-cpp-python"
+)
+"""Builds llama.cpp so that AMX works, with any GCC."""
+BATCHED = r"\.attn_[kv]_b\.weight"
+"""Matrices of several slices that llama.cpp would put in AMX's layout, which has room for one slice only."""
 
 
 def may_rearrange(library: ctypes.CDLL) -> bool:
     """Whether llama.cpp may store quantised weights in the order its fast CPU kernels want.
 
-    Call it before the first model is loaded from ``library`` (libllama): where the processor has AMX, this is
-    what keeps it out; where that fails, weights must stay as they are in the file.
+    Call it before the first model is loaded from ``library`` (libllama): where this build computes wrongly
+    with AMX, this is what keeps it out; where that fails, weights must stay as they are in the file.
     """
+    if not has_amx(library) or uses(library):
+        return True
+    try:
+        with _without_amx():
+            return "AMX" not in amx_check.weight_layouts(amx_check.bind(library))
+    except (AttributeError, OSError):  # a build whose CPU backend is found in another way, or another system
+        return False
+
+
+def uses(library: ctypes.CDLL) -> bool:
+    """Whether llama.cpp puts quantised weights in AMX's layout here, once it may rearrange them."""
+    return has_amx(library) and computes(library._name)  # noqa: SLF001 - its path, which has no other name
+
+
+def has_amx(library: ctypes.CDLL) -> bool:
+    """Whether llama.cpp is built for AMX."""
     info = library["llama_print_system_info"]
     info.restype = ctypes.c_char_p
-    if b"AMX_INT8 = 1" not in info():
-        return True
-    with _without_amx():
-        try:
-            return "AMX" not in _weight_layouts(library)
-        except AttributeError:  # a build whose CPU backend is found in another way
-            return False
+    return b"AMX_INT8 = 1" in info()
+
+
+@cache
+def computes(library: str) -> bool:
+    """Whether the llama library at a path computes with AMX, and rightly: tried in a process of its own."""
+    try:
+        tried = subprocess.run(  # noqa: S603 - our own interpreter and our own code
+            [sys.executable, "-I", "-S", str(Path(amx_check.__file__)), library],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return tried.returncode == 0
+
+
+def plain_layout(library: ctypes.CDLL) -> int:
+    """Return the address of a buffer type in main memory, of which llama.cpp makes no faster one.
+
+    It is that of mapped files. What is placed in main memory by name goes to the fast layouts all the same.
+    """
+    functions = {}
+    for name, result, arguments in (
+        ("ggml_backend_cpu_buffer_from_ptr", ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_size_t)),
+        ("ggml_backend_buffer_get_type", ctypes.c_void_p, (ctypes.c_void_p,)),
+        ("ggml_backend_buffer_free", None, (ctypes.c_void_p,)),
+    ):
+        functions[name] = library[name]
+        functions[name].restype, functions[name].argtypes = result, arguments
+    room = ctypes.create_string_buffer(128)
+    aligned = -(-ctypes.addressof(room) // 64) * 64
+    buffer = functions["ggml_backend_cpu_buffer_from_ptr"](aligned, 64)
+    kind = functions["ggml_backend_buffer_get_type"](buffer)
+    functions["ggml_backend_buffer_free"](buffer)
+    return int(kind)
 
 
 class _SignalStack(ctypes.Structure):
@@ -59,26 +123,3 @@ def _without_amx() -> Iterator[None]:
         os.close(stderr)
         os.close(nowhere)
         libc.sigaltstack(ctypes.byref(before), None)
-
-
-def _weight_layouts(library: ctypes.CDLL) -> list[str]:
-    """Names of the weight layouts of llama.cpp's CPU backend, beside the file's own."""
-
-    def call(name: str, result: Any, *arguments: Any) -> Any:
-        function = library[name]
-        function.restype = result
-        return function(*arguments)
-
-    registry = ctypes.c_void_p(call("ggml_backend_cpu_reg", ctypes.c_void_p))
-    device = ctypes.c_void_p(call("ggml_backend_reg_dev_get", ctypes.c_void_p, registry, ctypes.c_size_t(0)))
-    address = call(
-        "ggml_backend_reg_get_proc_address", ctypes.c_void_p, registry, b"ggml_backend_dev_get_extra_bufts"
-    )
-    if not address:
-        return []
-    layouts = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)(device)
-    names: list[str] = []
-    while layouts[len(names)]:
-        layout = ctypes.c_void_p(layouts[len(names)])
-        names.append(call("ggml_backend_buft_name", ctypes.c_char_p, layout).decode())
-    return names

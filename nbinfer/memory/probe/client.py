@@ -81,6 +81,14 @@ class BufferRow:
     context: int
     compute: int
 
+    @property
+    def copied(self) -> bool:
+        """Whether weights here are copied out of the file, for the processor, also where it is mapped.
+
+        The probe maps nothing: ``CPU_Mapped`` is where it puts what must not be rearranged.
+        """
+        return self.buffer in ("AMX", "CPU_Mapped") or "REPACK" in self.buffer
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:

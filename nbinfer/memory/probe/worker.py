@@ -25,8 +25,7 @@ import sys
 import tempfile
 from typing import Any
 
-from nbinfer.memory.probe import abi
-from nbinfer.memory.probe.amx import may_rearrange
+from nbinfer.memory.probe import abi, amx
 from nbinfer.memory.probe.pretend import Pretender
 
 _WARNING_LEVEL = 3
@@ -47,7 +46,8 @@ class Worker:
         self._on_log = abi.LogCallback(self._collect)
         self.library.llama_log_set(self._on_log, None)
         self.library.llama_backend_init()
-        self._may_rearrange = may_rearrange(self.library)
+        self._may_rearrange = amx.may_rearrange(self.library)
+        self._untiled = {amx.BATCHED: amx.plain_layout(self.library)} if amx.uses(self.library) else {}
         self.pretender = Pretender(self.library)
         self._file: Any = None
         self._path = ""
@@ -147,7 +147,10 @@ class Worker:
         params.load_mode = abi.LOAD_MODE_NONE
         params.use_extra_bufts = self._may_rearrange
         fields = dict(model)
-        overrides = fields.pop("experts_on_cpu", [])
+        main_memory = self.library.ggml_backend_cpu_buffer_type()
+        overrides = dict.fromkeys(fields.pop("experts_on_cpu", []), main_memory)
+        if not devices:
+            overrides |= self._untiled
         split = fields.pop("tensor_split", None)
         for name, value in fields.items():
             setattr(params, name, value)
@@ -162,7 +165,7 @@ class Worker:
             params.tensor_split = ctypes.addressof(shares)
             self._keep.append(shares)
         if overrides:
-            rules = abi.buffer_overrides(overrides, self.library.ggml_backend_cpu_buffer_type())
+            rules = abi.buffer_overrides(overrides)
             params.tensor_buft_overrides = ctypes.addressof(rules)
             self._keep.append(rules)
         self._model = self.library.llama_model_load_from_file(self._path.encode(), params)
