@@ -1,20 +1,20 @@
-"""How large a compute buffer gets: ggml's graph allocator, re-enacted on the sizes alone.
+"""A graph of operations, as sizes: which device runs what, and when the room of a result is needed.
 
 llama.cpp lays the results of a graph's operations out in one buffer per device, reusing the room of what is
-no longer needed. How large that buffer gets depends on the order of the operations and on a best-fit search,
-not on what they compute. The same steps on a list of sizes give the same number in a millisecond.
+no longer needed. When that is depends on the operations and their order alone, not on any size: a graph
+becomes a :class:`Schedule`, and that, with sizes, the bytes of the buffers.
 
-Sources: ``ggml-alloc.c`` (placement, reuse in place) and ``ggml-backend.cpp`` (which device runs what, what
-is copied between devices).
+Sources: ``ggml-alloc.c`` (counting who needs what, reuse in place) and ``ggml-backend.cpp`` (which device
+runs what, what is copied between devices).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 from nbinfer.memory.layout import CPU
-from nbinfer.memory.shape import CPU_ALIGNMENT, GPU_ALIGNMENT, gpu_bytes
+from nbinfer.memory.room import FREE, TAKE, Schedule
+from nbinfer.memory.shape import gpu_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -36,9 +36,14 @@ class Result:
     of: Result | None = None
     """Whose memory it is, where it is a view."""
     kind: tuple[str, int] | None = None
-    extra = 0
+    per_cell = 0
+    """The part of its size that grows with the cache, in bytes for each cell of it."""
+    windowed = False
+    """Whether those are cells of the cache of blocks with a window."""
+    extra = extra_per_cell = 0
+    """What a GPU needs behind it."""
     kept = held = fetched = counted = False
-    children = views = address = 0
+    children = views = piece = 0
 
     def __init__(self, size: int, device: int | None = None) -> None:
         self.size = size
@@ -50,8 +55,13 @@ class View(Result):
 
     def __init__(self, of: Result, size: int | None = None) -> None:
         self.of = of = of.of or of
-        self.size = of.size if size is None else size
         self.device = of.device
+        if size is None:
+            self.size = of.size
+            if of.per_cell:
+                self.per_cell, self.windowed = of.per_cell, of.windowed
+        else:
+            self.size = size
 
 
 class Graph:
@@ -98,7 +108,6 @@ class Graph:
         reuse: Sequence[Result] = (),
         weight: Result | None = None,
         rows: int = _OFFLOAD_ROWS,
-        extra: int = 0,
         chooses: bool = True,
         device: int | None = None,
     ) -> Result:
@@ -114,8 +123,6 @@ class Graph:
             The weight it multiplies with; it decides the device.
         rows
             Rows of the batch: a GPU fetches a weight from main memory from 32 on.
-        extra
-            Bytes that only a GPU needs behind the result.
         chooses
             False where the weight is too small to decide the device.
         device
@@ -132,8 +139,6 @@ class Graph:
         made.sources = sources
         if reuse:
             made.reuse = reuse
-        if extra:
-            made.extra = extra
         self._operations.append(made)
         return made
 
@@ -204,48 +209,51 @@ class Graph:
     @staticmethod
     def _copy(source: Result, device: int) -> Result:
         copy = Result(source.size, device)
+        if source.per_cell:
+            copy.per_cell, copy.windowed = source.per_cell, source.windowed
         if source.kind is not None and device != CPU:
             copy.size = gpu_bytes(source.kind[0], source.size, source.kind[1])
         return copy
 
-    # -- sizes -------------------------------------------------------------------------------------------
+    # -- the order of events -----------------------------------------------------------------------------
 
-    def sizes(self) -> dict[int, int]:
-        """Return the bytes of each device's buffer; the CPU's is ``CPU``."""
+    def schedule(self, cells: int = 0, window_cells: int = 0) -> Schedule:
+        """Return when what is placed and given back; the graph is used up by it.
+
+        Parameters
+        ----------
+        cells, window_cells
+            Cells of the cache that the sizes were made for.
+        """
         self.assign()
         starts = self._copies()
-        room = {device: _Room(GPU_ALIGNMENT) for device in range(self.gpus)}
-        room[CPU] = _Room(CPU_ALIGNMENT)
-        self._place_inputs(starts, room)
+        made = _Events(self.gpus, cells, window_cells)
+        self._place_inputs(starts, made)
         self._count(starts)
         for index, operation in enumerate(self._operations):
             for source, copy in starts.get(index, ()):
-                self._release(source, room)
+                made.release(source)
                 if not copy.held:
-                    self._place(copy, room)
+                    made.place(copy)
             reuse = operation.reuse
-            if operation.of is None and not (reuse and self._take_over(operation, reuse, room)):
-                self._place(operation, room)
+            if operation.of is None and not (reuse and made.take_over(operation, reuse)):
+                made.place(operation)
             for source in operation.sources:
-                self._release(source, room)
-        return {device: space.most for device, space in room.items()}
+                made.release(source)
+        return made.schedule()
 
-    def _place_inputs(self, starts: dict[int, list[tuple[Result, Result]]], room: dict[int, _Room]) -> None:
+    def _place_inputs(self, starts: dict[int, list[tuple[Result, Result]]], made: _Events) -> None:
         """Place what is there before the first operation; in a pipeline, once for each batch in it."""
-        for made in self._inputs:
-            made.kept = made.kept or self._pipeline
-            self._place(made, room)
-            if self._pipeline:
-                for _ in range(_PIPELINE_COPIES - 1):
-                    room[CPU].take(made.size)
+        times = _PIPELINE_COPIES if self._pipeline else 1
+        for given in self._inputs:
+            given.kept = given.kept or self._pipeline
+            made.place(given, times=times)
         if not self._pipeline:
             return
         for copies in starts.values():
             for _, copy in copies:
                 copy.kept = True
-                self._place(copy, room)
-                for _ in range(_PIPELINE_COPIES - 1):
-                    room[copy.device or 0].take(copy.size)
+                made.place(copy, times=times)
 
     def _count(self, starts: dict[int, list[tuple[Result, Result]]]) -> None:
         """Count who needs what; a view needs what it is of, once."""
@@ -257,31 +265,66 @@ class Graph:
                 source.counted = True
                 source.of.views += 1
 
-    @staticmethod
-    def _place(result: Result, room: dict[int, _Room]) -> None:
+
+class _Events:
+    """A schedule under construction."""
+
+    def __init__(self, gpus: int, cells: int, window_cells: int) -> None:
+        self._cells, self._window_cells = cells, window_cells
+        self._events: dict[int, list[tuple[int, int]]] = {device: [] for device in (*range(gpus), CPU)}
+        self._sizes: list[int] = []
+        self._growing: list[tuple[int, int, bool]] = []
+
+    def schedule(self) -> Schedule:
+        """Return what was recorded."""
+        events = {device: tuple(listed) for device, listed in self._events.items()}
+        return Schedule(events, tuple(self._sizes), tuple(self._growing))
+
+    def _piece(self, result: Result) -> int:
+        """Number the room of a result."""
+        number = len(self._sizes)
+        size = result.size
+        if result.per_cell:
+            size -= result.per_cell * (self._window_cells if result.windowed else self._cells)
+            self._growing.append((number, result.per_cell, result.windowed))
+        self._sizes.append(size)
+        return number
+
+    def place(self, result: Result, *, times: int = 1) -> None:
+        """Find room for a result; ``times`` for an input that is there so many times."""
         device = CPU if result.device is None else result.device
         if device != CPU and result.extra:
-            result.size, result.extra = result.size + result.extra, 0
-        result.address = room[device].take(result.size)
+            result.size += result.extra
+            result.per_cell += result.extra_per_cell
+            result.extra = 0
+        result.piece = self._piece(result)
+        events = self._events[device]
+        events.append((result.piece, TAKE))
+        for _ in range(times - 1):
+            events.append((self._piece(result), TAKE))
         result.held = True
 
-    @staticmethod
-    def _take_over(result: Result, parents: Iterable[Result], room: dict[int, _Room]) -> bool:
+    def take_over(self, result: Result, parents: Iterable[Result]) -> bool:
         """Put the result where a parent is that nobody else needs; a view's room is never taken over."""
         for parent in parents:
             if parent.of is not None or not parent.held or parent.kept:
                 continue
             if parent.children != 1 or parent.views:
                 continue
-            space = room[CPU if parent.device is None else parent.device]
-            result.address, result.device, result.held = parent.address, parent.device, True
+            result.device, result.held = parent.device, True
             parent.held = False
-            space.give_back_end(parent.address, parent.size, result.size)
+            grown = (result.per_cell, result.windowed)
+            if result.size == parent.size and grown == (parent.per_cell, parent.windowed):
+                result.piece = parent.piece
+            else:
+                result.piece = self._piece(result)
+                device = CPU if parent.device is None else parent.device
+                self._events[device].append((result.piece, parent.piece))
             return True
         return False
 
-    @staticmethod
-    def _release(source: Result, room: dict[int, _Room]) -> None:
+    def release(self, source: Result) -> None:
+        """Note that one of those who need it does not any more; the last one gives its room back."""
         source.children -= 1
         if source.children or source.views:
             return
@@ -293,69 +336,5 @@ class Graph:
             if root.views or root.children:
                 return
         if root.held and not root.kept:
-            room[CPU if root.device is None else root.device].free(root.address, root.size)
+            self._events[CPU if root.device is None else root.device].append((root.piece, FREE))
             root.held = False
-
-
-_ENDLESS = 1 << 62
-
-
-class _Room:
-    """One buffer: free blocks by address, the last one endless; ``most`` is how far it was ever used."""
-
-    __slots__ = ("_alignment", "_offsets", "_sizes", "most")
-
-    def __init__(self, alignment: int) -> None:
-        self._alignment = alignment
-        self._offsets = [0]
-        self._sizes = [_ENDLESS]
-        self.most = 0
-
-    def take(self, size: int) -> int:
-        """Return the address of ``size`` bytes: the smallest hole that fits, else the end."""
-        size = -(-size // self._alignment) * self._alignment
-        best, best_size = -1, _ENDLESS
-        for index in range(len(self._sizes) - 1):
-            if size <= self._sizes[index] <= best_size:
-                best, best_size = index, self._sizes[index]
-        if best < 0:
-            best = len(self._sizes) - 1
-        address = self._offsets[best]
-        self._offsets[best] += size
-        self._sizes[best] -= size
-        if not self._sizes[best]:
-            del self._offsets[best], self._sizes[best]
-        self.most = max(self.most, address + size)
-        return address
-
-    def free(self, address: int, size: int) -> None:
-        """Give ``size`` bytes back, joined with the first free block that they touch, and its neighbour.
-
-        Also for nothing at all: ggml keeps empty blocks, and they keep their neighbours apart.
-        """
-        size = -(-size // self._alignment) * self._alignment
-        offsets, sizes = self._offsets, self._sizes
-        for index, offset in enumerate(offsets):
-            if offset + sizes[index] == address:
-                sizes[index] += size
-                if index + 1 < len(offsets) and offset + sizes[index] == offsets[index + 1]:
-                    sizes[index] += sizes[index + 1]
-                    del offsets[index + 1], sizes[index + 1]
-                return
-            if address + size == offset:
-                offsets[index] = address
-                sizes[index] += size
-                if index and offsets[index - 1] + sizes[index - 1] == address:
-                    sizes[index - 1] += sizes[index]
-                    del offsets[index], sizes[index]
-                return
-        index = bisect_left(offsets, address)
-        offsets.insert(index, address)
-        sizes.insert(index, size)
-
-    def give_back_end(self, address: int, had: int, needs: int) -> None:
-        """Free what a smaller result leaves of the room that it took over."""
-        had = -(-had // self._alignment) * self._alignment
-        needs = -(-needs // self._alignment) * self._alignment
-        if had > needs:
-            self.free(address + needs, had - needs)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from nbinfer.gguf import Header, TensorInfo
     from nbinfer.memory.rearranged import Rearranging
+    from nbinfer.memory.room import Schedule
 
 CPU_ALIGNMENT = 32
 GPU_ALIGNMENT = 128
@@ -226,6 +227,8 @@ class Shape:
         Components of the compressed row that keys and values share; 0 where they have their own.
     exact
         True when the rules below cover this architecture's cache in full.
+    plans
+        The last few schedules worked out for it: what each was for, whether flash attention runs, and itself.
     """
 
     architecture: str
@@ -250,6 +253,9 @@ class Shape:
     outputs: int
     pooling: str
     file_order: dict[str, tuple[int, int, int]]
+    plans: tuple[tuple[tuple[object, ...], bool, Schedule], ...] = field(
+        default=(), init=False, repr=False, compare=False
+    )
 
     @classmethod
     def of(cls, header: Header) -> Shape:

@@ -11,7 +11,7 @@ from support import synthetic
 
 from nbinfer.contract.errors import ConfigError, NotSupported
 from nbinfer.gguf import TensorInfo, read_header
-from nbinfer.memory import compute, rearranged
+from nbinfer.memory import builder, rearranged
 from nbinfer.memory.analytic import layout
 from nbinfer.memory.graph import Graph, View
 from nbinfer.memory.layout import CPU
@@ -359,8 +359,8 @@ def test_rounds_left_out_of_the_graph_would_not_have_changed_its_size(
 ) -> None:
     settings = plain(4096, gpu_layers=gpu_layers, parallel=4, experts_on_cpu=experts_on_cpu)
     made = layout(shape(name), settings, GPU)
-    for rule in ("_rounds_kept", "_ends_kept"):
-        monkeypatch.setattr(compute, rule, lambda kinds, *_, **__: [True] * len(kinds))
+    for rule in ("rounds_kept", "ends_kept"):
+        monkeypatch.setattr(builder, rule, lambda kinds, *_, **__: [True] * len(kinds))
     whole = layout(replace(shape(name)), settings, GPU)  # a copy, which knows no schedule yet
     assert {device: held.compute for device, held in made.held.items()} == {
         device: held.compute for device, held in whole.held.items()
@@ -372,7 +372,7 @@ def test_a_result_takes_the_place_of_one_that_nobody_needs_any_more() -> None:
     first = graph.op(1024, graph.input(64))
     second = graph.op(1024, first, reuse=(first,))
     graph.op(1024, second, reuse=(second,))
-    assert graph.sizes()[CPU] == 64 + 1024
+    assert graph.schedule().buffers()[CPU] == 64 + 1024
 
 
 def test_a_result_that_is_needed_later_keeps_its_place() -> None:
@@ -380,7 +380,7 @@ def test_a_result_that_is_needed_later_keeps_its_place() -> None:
     first = graph.op(1024, graph.input(64))
     second = graph.op(1024, first, reuse=(first,))
     graph.op(1024, first, second)
-    assert graph.sizes()[CPU] == 64 + 3 * 1024
+    assert graph.schedule().buffers()[CPU] == 64 + 3 * 1024
 
 
 def test_a_view_keeps_the_room_of_what_it_is_part_of() -> None:
@@ -390,7 +390,7 @@ def test_a_view_keeps_the_room_of_what_it_is_part_of() -> None:
         second = graph.op(512, first)
         graph.op(4096, second)
         graph.op(32, View(first) if viewed else second)
-        return graph.sizes()[CPU]
+        return graph.schedule().buffers()[CPU]
 
     assert used(viewed=True) == used(viewed=False) + 4096
 
@@ -404,7 +404,7 @@ def test_the_smallest_hole_that_fits_is_taken() -> None:
     graph.op(1000, source)
     graph.op(4096, source)
     graph.op(32, wall, end)  # where the input was
-    assert graph.sizes()[CPU] == 32 + 4096 + 32 + 1024 + 32
+    assert graph.schedule().buffers()[CPU] == 32 + 4096 + 32 + 1024 + 32
 
 
 def test_operations_run_where_their_weights_are_and_inputs_are_copied_there() -> None:
@@ -412,7 +412,7 @@ def test_operations_run_where_their_weights_are_and_inputs_are_copied_there() ->
     given = graph.input(256)
     made = graph.op(512, given, weight=graph.weight(1 << 20, 0))
     graph.op(512, made, reuse=(made,))
-    sizes = graph.sizes()
+    sizes = graph.schedule().buffers()
     assert sizes[0] == 256 + 512
     assert sizes[CPU] == 256
 
@@ -421,7 +421,7 @@ def test_a_gpu_fetches_weights_for_large_batches_only() -> None:
     def used(rows: int, *, offload: bool) -> int:
         graph = Graph(1, offload=offload)
         graph.op(512, graph.input(256), weight=graph.weight(1 << 20, CPU), rows=rows)
-        return graph.sizes()[0]
+        return graph.schedule().buffers()[0]
 
     assert used(32, offload=True) >= 1 << 20
     assert used(31, offload=True) == 0
@@ -433,7 +433,7 @@ def test_a_pipeline_holds_inputs_four_times() -> None:
         graph = Graph(2, pipeline=pipeline)
         made = graph.op(1024, graph.input(1024), weight=graph.weight(64, 0))
         graph.op(1024, made, weight=graph.weight(64, 1))
-        return graph.sizes()
+        return graph.schedule().buffers()
 
     assert used(pipeline=False) == {0: 2048, 1: 2048, CPU: 1024}
     assert used(pipeline=True) == {0: 5 * 1024, 1: 5 * 1024, CPU: 4 * 1024}
