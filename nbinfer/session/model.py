@@ -203,7 +203,8 @@ class Model:
         session.forget(self)
         self.engine.close()
 
-    def _adopt(self, result: Result) -> Result:
+    def adopt(self, result: Result) -> Result:
+        """Return a result of the engine as one of this model, which can be replied to."""
         return result.with_changes(model=self.name, continue_with=self.infer)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, cast
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from nbinfer.contract.errors import short_interrupt
 from nbinfer.contract.results import Delta, Finished, GeneratedImage, ImageDone, ImageResult, Result
@@ -17,42 +18,34 @@ if TYPE_CHECKING:
     from nbinfer.session.asking import Prepared
     from nbinfer.session.model import Model
 
+R = TypeVar("R", bound=Result | ImageResult)
 
-class TextStream:
-    """An answer on its way: iterate it for pieces of text.
 
-    Leaving the loop early stops the engine. ``result()`` waits for the whole answer, ``partial()`` is what
-    there is so far, ``events()`` yields everything including progress and reasoning.
-    """
+class _OnItsWay(ABC, Generic[R]):
+    """What text and images have in common: events that are read to the end, or left and thereby stopped."""
 
-    def __init__(self, stream: Stream, prepared: Prepared, model: Model) -> None:
+    _interrupted = ""
+    """What an interrupt says."""
+
+    def __init__(self, stream: Stream, model: Model) -> None:
         self._stream = stream
-        self._prepared = prepared
         self._model = model
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self._result: Result | None = None
-        self._recorded = False
+        self._result: R | None = None
         # Nobody can read an answer whose stream is gone: it need not be finished.
         weakref.finalize(self, stream.cancel)
 
     def events(self) -> Iterator[Event]:
-        """Yield every event; the last is ``Finished``, its result with the typed value read."""
-        with short_interrupt("the answer was stopped."):
+        """Yield every event; the last is ``Finished``, with what :meth:`result` returns."""
+        with short_interrupt(self._interrupted):
             try:
                 for event in self._stream:
                     yield self._note(event)
             except BaseException as error:
-                self._record(None, error)
+                self._failed(error)
                 raise
             finally:
                 if not self._stream.done:
                     self._stream.cancel()
-
-    def __iter__(self) -> Iterator[str]:
-        for event in self.events():
-            if isinstance(event, Delta) and not event.reasoning:
-                yield event.text
 
     async def aevents(self) -> AsyncIterator[Event]:
         """Yield every event without blocking the event loop."""
@@ -60,44 +53,18 @@ class TextStream:
             async for event in self._stream:
                 yield self._note(event)
         except BaseException as error:
-            self._record(None, error)
+            self._failed(error)
             raise
         finally:
             if not self._stream.done:
                 self._stream.cancel()
 
-    async def __aiter__(self) -> AsyncIterator[str]:
-        async for event in self.aevents():
-            if isinstance(event, Delta) and not event.reasoning:
-                yield event.text
-
-    def _note(self, event: Event) -> Event:
-        if isinstance(event, Delta):
-            (self._reasoning if event.reasoning else self._text).append(event.text)
-        elif isinstance(event, Finished):
-            self._result = self._whole(cast("Result", event.result))
-            return Finished(self._result)
-        return event
-
-    def _whole(self, result: Result) -> Result:
-        """Return the result as its reader gets it, the typed value read."""
-        result = self._model._adopt(result)  # noqa: SLF001 - one room
-        self._record(result)
-        return self._prepared.read(result)
-
-    def _record(self, result: Result | None, error: BaseException | None = None) -> None:
-        """Write the request down, once; None is what there is so far."""
-        if not self._recorded:
-            self._recorded = True
-            found = self.partial() if result is None else result
-            record(self._model, self._prepared.request, found, error)
-
     def cancel(self) -> None:
-        """Stop generating; the result is then ``interrupted``."""
+        """Ask the engine to stop; the result is then ``interrupted``."""
         self._stream.cancel()
 
-    def result(self) -> Result:
-        """Wait for the whole answer. An interrupt (Ctrl-C, ■) stops the engine and is raised on."""
+    def result(self) -> R:
+        """Wait for all of it. An interrupt (Ctrl-C, ■) stops the engine and is raised on."""
         if self._result is None:
             for event in self.events():
                 del event
@@ -106,64 +73,118 @@ class TextStream:
             self._result = self._whole(self._stream.result())
         return self._result
 
-    def partial(self) -> Result:
+    def partial(self) -> R:
         """What has arrived so far, as a result with ``finish_reason="interrupted"``."""
-        if self._result is not None:
-            return self._result
-        request = self._prepared.request
-        return self._model._adopt(  # noqa: SLF001 - one room
+        return self._so_far() if self._result is None else self._result
+
+    def _note(self, event: Event) -> Event:
+        if isinstance(event, Finished):
+            self._result = self._whole(event.result)
+            return Finished(self._result)
+        self._keep(event)
+        return event
+
+    def _failed(self, error: BaseException) -> None:
+        """Take note of an error, or of a loop that was left."""
+
+    @abstractmethod
+    def _keep(self, event: Event) -> None:
+        """Remember what an event brings, for :meth:`partial`."""
+
+    @abstractmethod
+    def _whole(self, result: Any) -> R:
+        """Return the engine's result as its reader gets it."""
+
+    @abstractmethod
+    def _so_far(self) -> R:
+        """Return what has arrived."""
+
+
+class TextStream(_OnItsWay[Result]):
+    """An answer on its way: iterate it for pieces of text.
+
+    Leaving the loop early stops the engine. ``result()`` waits for the whole answer, ``partial()`` is what
+    there is so far, ``events()`` yields everything including progress and reasoning.
+    """
+
+    _interrupted = "the answer was stopped."
+
+    def __init__(self, stream: Stream, prepared: Prepared, model: Model) -> None:
+        super().__init__(stream, model)
+        self._prepared = prepared
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._recorded = False
+
+    def __iter__(self) -> Iterator[str]:
+        for event in self.events():
+            if isinstance(event, Delta) and not event.reasoning:
+                yield event.text
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        async for event in self.aevents():
+            if isinstance(event, Delta) and not event.reasoning:
+                yield event.text
+
+    def _keep(self, event: Event) -> None:
+        if isinstance(event, Delta):
+            (self._reasoning if event.reasoning else self._text).append(event.text)
+
+    def _whole(self, result: Any) -> Result:
+        """Return the result with the typed value read."""
+        result = self._model.adopt(cast("Result", result))
+        self._record(result)
+        return self._prepared.read(result)
+
+    def _failed(self, error: BaseException) -> None:
+        self._record(self.partial(), error)
+
+    def _record(self, result: Result, error: BaseException | None = None) -> None:
+        """Write the request down, once."""
+        if not self._recorded:
+            self._recorded = True
+            record(self._model, self._prepared.request, result, error)
+
+    def _so_far(self) -> Result:
+        return self._model.adopt(
             Result(
                 text="".join(self._text),
                 reasoning="".join(self._reasoning) or None,
                 finish_reason="interrupted",
                 model=self._model.name,
-                messages=request.messages,
+                messages=self._prepared.request.messages,
             ),
         )
 
 
-class ImageStream:
+class ImageStream(_OnItsWay[ImageResult]):
     """Images on their way: iterate it for steps, finished images, and the end.
 
     Leaving the loop early stops the engine after its present step. ``result()`` waits for all images,
     ``partial()`` is those that are finished.
     """
 
+    _interrupted = "the images were stopped; the finished ones are kept."
+
     def __init__(self, stream: Stream, prompt: str, model: Model) -> None:
-        self._stream = stream
+        super().__init__(stream, model)
         self._prompt = prompt
-        self._model = model
         self._images: list[GeneratedImage] = []
-        self._result: ImageResult | None = None
-        weakref.finalize(self, stream.cancel)
 
     def __iter__(self) -> Iterator[Event]:
-        with short_interrupt("the images were stopped; the finished ones are kept."):
-            try:
-                for event in self._stream:
-                    if isinstance(event, ImageDone):
-                        self._images.append(event.image)
-                    yield event
-            finally:
-                if not self._stream.done:
-                    self._stream.cancel()
+        return self.events()
 
-    def cancel(self) -> None:
-        """Stop after the present step; the result is then ``interrupted``."""
-        self._stream.cancel()
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self.aevents()
 
-    def result(self) -> ImageResult:
-        """Wait for all images. An interrupt (Ctrl-C, ■) stops the engine and is raised on."""
-        if self._result is None:
-            for event in self:
-                del event
-            self._result = cast("ImageResult", self._stream.result()).with_changes(model=self._model.name)
-        return self._result
+    def _keep(self, event: Event) -> None:
+        if isinstance(event, ImageDone):
+            self._images.append(event.image)
 
-    def partial(self) -> ImageResult:
-        """The images that are finished, as a result with ``finish_reason="interrupted"``."""
-        if self._result is not None:
-            return self._result
+    def _whole(self, result: Any) -> ImageResult:
+        return cast("ImageResult", result).with_changes(model=self._model.name)
+
+    def _so_far(self) -> ImageResult:
         return ImageResult(
             images=tuple(self._images),
             prompt=self._prompt,

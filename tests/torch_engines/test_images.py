@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -139,6 +140,18 @@ def test_steps_are_told_with_pictures_where_they_were_asked_for(model: Model) ->
     assert all(event.preview is None or event.preview.startswith(b"\x89PNG") for event in steps)
     assert [event.index for event in events if isinstance(event, ImageDone)] == [0, 1]
     assert isinstance(events[-1], Finished)
+
+
+def test_images_are_awaited_and_the_last_event_brings_the_result(model: Model) -> None:
+    stream = model.images("x", steps=1, seed=1)
+
+    async def read() -> list[object]:
+        return [event async for event in stream]
+
+    last = asyncio.run(read())[-1]
+    assert isinstance(last, Finished)
+    assert last.result is stream.result()
+    assert stream.result().model == model.name
 
 
 def test_a_stop_between_two_steps_keeps_the_finished_images(model: Model) -> None:
