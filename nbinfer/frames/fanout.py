@@ -460,9 +460,9 @@ def _label(given: Mapping[str, Any]) -> str:
 
 def _place(given: Mapping[str, Any], mode: Mode) -> Place:
     if "base_url" not in given and "socket" not in given:
-        from nbinfer.frames.operators import resolve
+        from nbinfer.frames.rules import loaded
 
-        model = resolve(given["model"], mode)
+        model = loaded(given["model"], mode)
         return Place(model, model.name, given.get("concurrency") or max(1, 2 * model.info.parallel))
     model, check, default = _served(given, mode)
     return Place(model, _label(given), given.get("concurrency") or default, check)

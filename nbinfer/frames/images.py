@@ -9,21 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from nbinfer.contract.errors import NotSupported, RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import ImageRequest, parse_size
 from nbinfer.contract.results import ImageProgress
 from nbinfer.contract.units import plain_number
 from nbinfer.frames.journal import IMAGES
-from nbinfer.frames.operators import finish, resolve
 from nbinfer.frames.outcomes import Record
+from nbinfer.frames.output import sample_column, side_columns
 from nbinfer.frames.pictures import open_pictures
-from nbinfer.frames.plan import make_plan
 from nbinfer.frames.progress import JupyterSink, make_sink
 from nbinfer.frames.prompts import make_prompt
-from nbinfer.frames.run import Run, remember
+from nbinfer.frames.rules import Rules
 from nbinfer.frames.tables import read
 from nbinfer.frames.work import identity
 
@@ -37,6 +34,7 @@ if TYPE_CHECKING:
     from nbinfer.frames.pictures import Pictures
     from nbinfer.frames.plan import CacheMode, Nulls, OnError
     from nbinfer.frames.progress import Progress, Sink
+    from nbinfer.frames.run import Run
     from nbinfer.frames.work import FrameModel
 
 SIDE = ("seed", "error", "seconds", "source")
@@ -180,18 +178,16 @@ def generate_images(
     KeyboardInterrupt
         As it came: finished rows are kept, and in ``last_run().frame()``.
     """
-    import pyarrow as pa
-
+    rules = Rules(model, None, None, cache, on_error, nulls, keep=keep, progress=progress)
     table = read(data)
     n, seed, steps, guidance = (plain_number(number) for number in (n, seed, steps, guidance))
     if type(n) is not int or n < 1:
         raise RequestError(f"n={n!r}: it is the number of images per row, at least 1.")
     side = (*(("sample",) if n > 1 else ()), *SIDE)
-    names = table.free_names([name], side, prefix=name, keep=keep)
+    output = rules.output(table, [name], side, name=name, per_row=n)
     asked = make_prompt(prompt, on, table.names, only=table.only, call="generate_images")
-    loaded = resolve(model, Mode.IMAGE_GENERATION)
-    sink = make_sink(progress)
-    live = isinstance(sink, JupyterSink)
+    loaded = rules.model_for(Mode.IMAGE_GENERATION)
+    live = isinstance(make_sink(progress), JupyterSink)
     base = ImageRequest(
         prompt="",
         negative_prompt=negative_prompt,
@@ -204,29 +200,14 @@ def generate_images(
     watched = _Watched(loaded)
 
     def build(run: Run, columns: Columns) -> Any:
-        beside: dict[str, Any] = {}
-        if n > 1:
-            position = np.arange(len(columns.row_job)) if columns.rows is None else columns.rows
-            beside["sample"] = pa.array((position % n).astype(np.int16))
+        import pyarrow as pa
+
         seeds = [columns.outcomes.extra.get(job, {}).get("seed") for job in range(len(columns.outcomes))]
-        beside["seed"] = columns.values(pa.int64(), seeds)
-        beside |= {word: getattr(columns, word)() for word in ("error", "seconds", "source")}
-        values = {name: columns.values(pa.large_binary())}
-        made = finish(table, run, columns, values, beside, names=names, keep=keep, per_row=n)
+        beside = sample_column(columns, n) | {"seed": columns.values(pa.int64(), seeds)}
+        beside |= side_columns(columns, ("error", "seconds", "source"))
+        made = output.frame(run, columns, {name: columns.values(pa.large_binary())}, beside)
         return _with_pictures(made, name) if table.family == "pandas" else made
 
-    plan = make_plan(
-        table,
-        asked,
-        work,
-        watched,
-        expand=lambda content: [(content, sample) for sample in range(n)],
-        per_row=n,
-        seed=seed,
-        draws=True,
-        nulls=nulls,
-        cache=cache,
-    )
     params = {
         "size": size,
         "steps": steps,
@@ -235,8 +216,19 @@ def generate_images(
         "n": n,
         "name": name,
     }
-    run = Run(plan, build, params=params, on_error=on_error)
-    return remember(run).run(PreviewSink(watched) if live else sink)
+    run = rules.batch(
+        table,
+        asked,
+        work,
+        watched,
+        build,
+        params=params,
+        expand=lambda content: [(content, sample) for sample in range(n)],
+        per_row=n,
+        seed=seed,
+        draws=True,
+    )
+    return rules.result(run, sink=PreviewSink(watched) if live else None)
 
 
 def _with_pictures(frame: Any, name: str) -> Any:

@@ -16,12 +16,11 @@ import numpy as np
 from nbinfer.contract.errors import EngineError, NotSupported, RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import ScoreRequest
-from nbinfer.frames.operators import beside_names, completion_work, finish, placed, resolve
+from nbinfer.frames.operators import completion_work
 from nbinfer.frames.outcomes import Record
-from nbinfer.frames.plan import choice, make_plan, once
-from nbinfer.frames.progress import make_sink
+from nbinfer.frames.plan import choice, once
 from nbinfer.frames.prompts import make_prompt
-from nbinfer.frames.run import Run, remember
+from nbinfer.frames.rules import Rules
 from nbinfer.frames.tables import read
 
 if TYPE_CHECKING:
@@ -32,8 +31,11 @@ if TYPE_CHECKING:
     from nbinfer.contract.results import ScoreResult
     from nbinfer.engines.protocol import Engine, EngineInfo
     from nbinfer.frames.outcomes import Columns
+    from nbinfer.frames.output import Output
     from nbinfer.frames.plan import CacheMode, Nulls, OnError, TooLong
     from nbinfer.frames.progress import Sink
+    from nbinfer.frames.prompts import Prompt
+    from nbinfer.frames.run import Run
     from nbinfer.frames.tables import Table
     from nbinfer.frames.work import CompletionWork, FrameModel
 
@@ -219,50 +221,7 @@ def classify(
         The call itself is wrong.
     """
     choice("method", method, (None, "logits", "generate"))
-    arguments: dict[str, Any] = {
-        "on": on,
-        "multi": multi,
-        "probs": probs,
-        "threshold": threshold,
-        "name": name,
-        "model": placed(model, client, endpoints),
-        "cache": cache,
-        "on_error": on_error,
-        "nulls": nulls,
-        "too_long": too_long,
-        "keep": keep,
-        **options,
-    }
-    sink = make_sink(progress)
-    if method is None and not (multi or probs):
-        try:
-            return remember(plan_classify(data, labels, prompt, **arguments)).run(sink)
-        except NotSupported:
-            method = "generate"
-    return remember(plan_classify(data, labels, prompt, method=method, **arguments)).run(sink)
-
-
-def plan_classify(
-    data: Any,
-    labels: Any,
-    prompt: Any = None,
-    *,
-    on: Any = None,
-    multi: bool = False,
-    probs: bool = False,
-    threshold: float = 0.5,
-    method: Method | None = None,
-    name: str = "label",
-    model: Any = None,
-    cache: CacheMode = True,
-    on_error: OnError = "null",
-    nulls: Nulls = "skip",
-    too_long: TooLong = "error",
-    keep: bool = True,
-    **options: Any,
-) -> Run:
-    """Return the run that :func:`classify` waits for."""
-    choice("method", method, (None, "logits", "generate"))
+    rules = Rules(model, client, endpoints, cache, on_error, nulls, too_long, keep, progress)
     check_options("classify", options)
     table = read(data)
     check_share("threshold", threshold)
@@ -272,78 +231,91 @@ def plan_classify(
             "method='generate' gives one label and no probabilities; leave out multi and probs."
         )
     values = [name, *([f"p_{label}" for label in texts] if probs else ())]
-    names = table.free_names(values, beside_names(("confidence", "error"), too_long), prefix=name, keep=keep)
-    asked = make_prompt(
-        prompt,
-        on,
-        table.names,
-        only=table.only,
-        default=_classify_prompt(texts, multi=multi),
-        call="classify",
-    )
-    loaded = resolve(model, Mode.COMPLETION)
-    params: dict[str, Any] = {"labels": list(texts), "multi": multi, "name": name}
+    output = rules.output(table, values, ("confidence", "error"), name=name)
+    default = _classify_prompt(texts, multi=multi)
+    asked = make_prompt(prompt, on, table.names, only=table.only, default=default, call="classify")
+    call = _Call(rules, table, asked, output, texts, name, options, probs=probs)
+    loaded = rules.model_for(Mode.COMPLETION)
     if multi:
-        return _plan_multi(
-            table,
-            asked,
-            texts,
-            options,
-            loaded,
-            params,
-            threshold,
-            probs,
-            names,
-            keep,
-            on_error,
-            {"nulls": nulls, "cache": cache, "too_long": too_long},
-        )
-    answers = tuple(texts)
-    if method == "generate":
-        work: Any = completion_work("classify", {**options, "choices": answers, "max_tokens": None}, seed=0)
-    else:
-        work = ScoreWork("classify", completion_work("classify", options, seed=0), answers)
+        return rules.result(_each_by_itself(call, loaded, threshold))
+    if method != "generate":
+        try:
+            return rules.result(_scored(call, loaded))
+        except NotSupported:
+            if method is not None or probs:
+                raise
+    return rules.result(_written(call, loaded))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of :func:`classify`, found to be right; ``texts`` are the labels with their descriptions."""
+
+    rules: Rules
+    table: Table
+    prompt: Prompt
+    output: Output
+    texts: Mapping[str, str]
+    name: str
+    options: Mapping[str, Any]
+    probs: bool
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(self.texts)
+
+    def params(self, **own: Any) -> dict[str, Any]:
+        """Return what the provenance says of the call."""
+        return {"labels": list(self.texts), "name": self.name, **self.options, **own}
+
+    def shares(self, columns: Sequence[Any]) -> dict[str, Any]:
+        """Return the columns ``p_<label>``, where they are wanted, from one array per label."""
+        if not self.probs:
+            return {}
+        return {f"p_{label}": column for label, column in zip(self.labels, columns, strict=True)}
+
+
+def _scored(call: _Call, model: FrameModel) -> Run:
+    """Compare the labels' probabilities; the largest is the row's."""
+    work = ScoreWork("classify", completion_work("classify", call.options, seed=0), call.labels)
 
     def build(run: Run, columns: Columns) -> Any:
-        if method == "generate":
-            errors = columns.outcomes.errors
-            written = [None if job in errors else text for job, text in enumerate(columns.outcomes.value)]
-            shares = np.full((len(written), len(answers)), np.nan)
-        else:
-            shares = stacked(columns, len(answers))
-            best = [None if np.isnan(row).any() else int(row.argmax()) for row in shares]
-            written = [None if i is None else answers[i] for i in best]
-        out = {name: columns.categories(written, answers)}
-        if probs:
-            out |= {f"p_{label}": columns.numbers(shares[:, i]) for i, label in enumerate(answers)}
-        beside = {"confidence": columns.numbers(_largest(shares)), "error": columns.error()}
-        return finish(table, run, columns, out, beside, names=names, keep=keep)
+        shares = stacked(columns, len(call.labels))
+        best = [None if np.isnan(row).any() else call.labels[int(row.argmax())] for row in shares]
+        values = {call.name: columns.categories(best, call.labels)}
+        values |= call.shares([columns.numbers(column) for column in shares.T])
+        beside = {"confidence": columns.numbers(shares.max(axis=1)), "error": columns.error()}
+        return call.output.frame(run, columns, values, beside)
 
-    plan = make_plan(table, asked, work, loaded, nulls=nulls, cache=cache, too_long=too_long)
-    return Run(plan, build, params={**params, **options, "method": method or "logits"}, on_error=on_error)
+    params = call.params(multi=False, method="logits")
+    return call.rules.batch(call.table, call.prompt, work, model, build, params=params)
 
 
-def _plan_multi(
-    table: Table,
-    asked: Any,
-    texts: Mapping[str, str],
-    options: Mapping[str, Any],
-    loaded: FrameModel,
-    params: Mapping[str, Any],
-    threshold: float,
-    probs: bool,  # noqa: FBT001 - one call
-    names: Mapping[str, str],
-    keep: bool,  # noqa: FBT001
-    on_error: OnError,
-    rules: Mapping[str, Any],
-) -> Run:
+def _written(call: _Call, model: FrameModel) -> Run:
+    """Let the model write one of the labels; nothing is known of how sure it is."""
+    work = completion_work("classify", {**call.options, "choices": call.labels, "max_tokens": None}, seed=0)
+
+    def build(run: Run, columns: Columns) -> Any:
+        errors = columns.outcomes.errors
+        written = [None if job in errors else text for job, text in enumerate(columns.outcomes.value)]
+        unknown = columns.numbers(np.full(len(written), np.nan))
+        beside = {"confidence": unknown, "error": columns.error()}
+        values = {call.name: columns.categories(written, call.labels)}
+        return call.output.frame(run, columns, values, beside)
+
+    params = call.params(multi=False, method="generate")
+    return call.rules.batch(call.table, call.prompt, work, model, build, params=params)
+
+
+def _each_by_itself(call: _Call, model: FrameModel, threshold: float) -> Run:
+    """Ask for each label whether it applies."""
     import pyarrow as pa
 
-    name, labels = params["name"], list(texts)
-    work = ScoreWork("classify", completion_work("classify", options, seed=0), (*YES, *NO))
+    labels = call.labels
+    work = ScoreWork("classify", completion_work("classify", call.options, seed=0), (*YES, *NO))
     questions = [
         f"\n\nDoes the label “{label}”{f' ({text})' if text else ''} apply to it? Answer Yes or No."
-        for label, text in texts.items()
+        for label, text in call.texts.items()
     ]
 
     def expand(content: Any) -> list[tuple[Any, int]]:
@@ -358,9 +330,8 @@ def _plan_multi(
             [label for label, p in zip(labels, row, strict=True) if p >= threshold] if ok else None
             for row, ok in zip(table_of, whole, strict=True)
         ]
-        out = {name: pa.array(chosen, pa.list_(pa.string()))}
-        if probs:
-            out |= {f"p_{label}": _float32(table_of[:, i]) for i, label in enumerate(labels)}
+        values = {call.name: pa.array(chosen, pa.list_(pa.string()))}
+        values |= call.shares([_float32(column) for column in table_of.T])
         certain = np.where(whole, np.maximum(table_of, 1 - table_of).min(axis=1), np.nan)
         errors = columns.error().to_pylist()
         first = [
@@ -368,11 +339,18 @@ def _plan_multi(
             for i in range(0, len(errors), len(labels))
         ]
         beside = {"confidence": _float32(certain), "error": pa.array(first, pa.large_string())}
-        whole_rows = columns.by_row(len(labels))
-        return finish(table, run, whole_rows, out, beside, names=names, keep=keep)
+        return call.output.frame(run, columns.by_row(len(labels)), values, beside)
 
-    plan = make_plan(table, asked, work, loaded, expand=expand, per_row=len(labels), **rules)
-    return Run(plan, build, params={**params, **options, "threshold": threshold}, on_error=on_error)
+    return call.rules.batch(
+        call.table,
+        call.prompt,
+        work,
+        model,
+        build,
+        params=call.params(multi=True, threshold=threshold),
+        expand=expand,
+        per_row=len(labels),
+    )
 
 
 def _classify_prompt(labels: Mapping[str, str], *, multi: bool) -> str:
@@ -437,13 +415,6 @@ def share_of_yes(columns: Columns) -> NDArray[np.float64]:
     return out
 
 
-def _largest(shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    out = np.full(len(shares), np.nan)
-    whole = ~np.isnan(shares).any(axis=1)
-    out[whole] = shares[whole].max(axis=1)
-    return out
-
-
 def _float32(values: NDArray[np.float64]) -> Any:
     import pyarrow as pa
 
@@ -499,33 +470,29 @@ def filter(  # noqa: A001 - the operator's common name; the built-in is not used
     RequestError
         The call itself is wrong.
     """
+    rules = Rules(model, client, endpoints, cache, on_error, nulls, too_long, keep=True, progress=progress)
     check_options("filter", options)
     table = read(data)
     check_share("threshold", threshold)
-    names = table.free_names(
-        [name], beside_names(("error",), too_long), prefix=name, keep=True, can_drop=False
-    )
+    output = rules.output(table, [name], ("error",), name=name, can_drop=False)
     asked = make_prompt(prompt, on, table.names, only=table.only, call="filter")
-    loaded = resolve(placed(model, client, endpoints), Mode.COMPLETION)
+    loaded = rules.model_for(Mode.COMPLETION)
     work = ScoreWork("filter", completion_work("filter", options, seed=0), (*YES, *NO))
-    plan = make_plan(
+
+    def build(run: Run, columns: Columns) -> Any:
+        values = {name: columns.numbers(share_of_yes(columns))}
+        return output.frame(run, columns, values, {"error": columns.error()})
+
+    run = rules.batch(
         table,
         asked,
         work,
         loaded,
+        build,
+        params={**options, "threshold": threshold},
         expand=lambda content: once(_with_ending(content, "\n\nAnswer Yes or No.")),
-        nulls=nulls,
-        cache=cache,
-        too_long=too_long,
     )
-
-    def build(run: Run, columns: Columns) -> Any:
-        beside = {"error": columns.error()}
-        values = {name: columns.numbers(share_of_yes(columns))}
-        return finish(table, run, columns, values, beside, names=names, keep=True)
-
-    run = Run(plan, build, params={**options, "threshold": threshold}, on_error=on_error)
-    remember(run).run(make_sink(progress))
+    rules.result(run)
     columns = run.columns()
     yes = columns.numbers(share_of_yes(columns))
     shares = yes.to_numpy(zero_copy_only=False)

@@ -10,9 +10,10 @@ import numpy as np
 from nbinfer.contract.errors import RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.frames.matrix import vectors
-from nbinfer.frames.operators import embed, resolve
+from nbinfer.frames.operators import embed
 from nbinfer.frames.plan import choice
 from nbinfer.frames.prompts import unknown_column
+from nbinfer.frames.rules import loaded
 from nbinfer.frames.tables import Table, read
 from nbinfer.frames.work import weights
 
@@ -247,25 +248,25 @@ def _vectors(
     column = side.column
     if isinstance(column, np.ndarray) or not _is_text(read(column)):
         return vectors(column), side.made
-    loaded = resolve(model, Mode.EMBEDDING)
-    if made is not None and made.get("digest") not in {None, weights(loaded)}:
+    maker = loaded(model, Mode.EMBEDDING)
+    if made is not None and made.get("digest") not in {None, weights(maker)}:
         raise RequestError(
             f"the corpus was embedded by {made.get('model')!r}, the {what} would be by "
-            f"{loaded.info.model!r}: vectors of different models cannot be compared.\n"
+            f"{maker.info.model!r}: vectors of different models cannot be compared.\n"
             "Pass the corpus' model, or embed the corpus again.",
         )
     params = (made or {}).get("params", {})
     kind: Literal["query"] | None = "query" if what == "query" and params.get("kind") == "document" else None
     out = embed(
         column,
-        model=loaded,
+        model=maker,
         kind=kind,
         normalize=params.get("normalize", True),
         dims=params.get("dims"),
         on_error="raise" if what == "query" else "null",
         progress=progress,
     )
-    return vectors(out["embedding"]), {"digest": weights(loaded), "model": loaded.info.model, "params": {}}
+    return vectors(out["embedding"]), {"digest": weights(maker), "model": maker.info.model, "params": {}}
 
 
 def _is_text(column: Table) -> bool:

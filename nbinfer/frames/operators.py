@@ -7,130 +7,26 @@ row with its ``error`` filled; and a cell that was interrupted goes on where it 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from nbinfer.contract.errors import NotSupported, RequestError
+from nbinfer.contract.errors import RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.units import plain_number
-from nbinfer.frames.plan import choice, make_plan
-from nbinfer.frames.progress import make_sink
+from nbinfer.frames.output import SIDE, logprob_columns, sample_column, side_columns
+from nbinfer.frames.plan import choice
 from nbinfer.frames.prompts import Template, WithImages, make_prompt, unknown_column
-from nbinfer.frames.run import Run, remember
+from nbinfer.frames.rules import IN_BACKGROUND, Rules
 from nbinfer.frames.tables import Table, read
 from nbinfer.frames.work import CompletionWork, EmbeddingWork
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from nbinfer.frames.outcomes import Columns
     from nbinfer.frames.plan import CacheMode, Nulls, OnError, TooLong
     from nbinfer.frames.progress import Sink
     from nbinfer.frames.prompts import Prompt
-    from nbinfer.frames.work import FrameModel
-
-SIDE = ("error", "finish_reason", "prompt_tokens", "cached_tokens", "completion_tokens", "seconds", "source")
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """A model on a cluster or on several servers, reached when the call itself was found to be right."""
-
-    model: Any
-    client: Any
-    endpoints: Any
-
-
-def placed(model: Any, client: Any, endpoints: Any) -> Any:
-    """Return what ``model`` means together with where a call wants it to run.
-
-    Raises
-    ------
-    RequestError
-        At two places at once.
-    """
-    if client is not None and endpoints is not None:
-        raise RequestError("client= and endpoints= are two places to run at: leave one out.")
-    return model if client is None and endpoints is None else Elsewhere(model, client, endpoints)
-
-
-def resolve(model: Any, mode: Mode) -> FrameModel:
-    """Return the model that a call means: a loaded one, or one elsewhere, which is reached here.
-
-    Raises
-    ------
-    ModelNotFound
-        None is loaded, or several and none was named.
-    NotSupported
-        The model was loaded for another mode.
-    """
-    if isinstance(model, Elsewhere):
-        if model.client is not None:
-            from nbinfer.frames.cluster import on_cluster
-
-            return on_cluster(model.client, model.model, mode)
-        from nbinfer.frames.fanout import open_endpoints
-
-        return open_endpoints(model.endpoints, model.model, mode)
-    if model is None or isinstance(model, str):
-        from nbinfer import session
-
-        model = session.get(model, mode=mode)
-    if model.info.mode is not mode:
-        raise NotSupported(
-            f"{model.name} is loaded for {model.info.mode}, and this call needs {mode}.\n"
-            f"Load it so: nb.load({model.name!r}, mode={mode.value!r}).",
-        )
-    found: FrameModel = model
-    return found
-
-
-def beside_names(names: Sequence[str], too_long: str) -> tuple[str, ...]:
-    """Return the columns beside the values; where texts may be cut, one says of which rows they were.
-
-    Raises
-    ------
-    RequestError
-        The rule for over-long texts is unknown.
-    """
-    choice("too_long", too_long, ("error", "head", "tail", "middle"))
-    return tuple(names) if too_long == "error" else (*names, "truncated")
-
-
-def side_columns(columns: Columns, names: Sequence[str] = SIDE) -> dict[str, Any]:
-    """Return the bookkeeping columns called ``names``, as Arrow arrays."""
-    return {name: getattr(columns, name)() for name in names}
-
-
-def positions(columns: Columns, table: Table, per_row: int) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-    """Return the input row behind each output row; None when they are the same."""
-    if columns.rows is not None:
-        return columns.rows // per_row
-    return None if per_row == 1 else np.repeat(np.arange(table.rows), per_row)
-
-
-def finish(
-    table: Table,
-    run: Run,
-    columns: Columns,
-    values: Mapping[str, Any],
-    beside: Mapping[str, Any],
-    *,
-    names: Mapping[str, str],
-    keep: bool,
-    per_row: int = 1,
-) -> Any:
-    """Put a run's columns beside the rows they belong to, with their provenance."""
-    import pyarrow as pa
-
-    rows = positions(columns, table, per_row)
-    if run.truncated is not None and "truncated" in names:
-        beside = {**beside, "truncated": pa.array(run.truncated if rows is None else run.truncated[rows])}
-    named = {**values, **{names[column]: array for column, array in beside.items()}}
-    info = {**run.info, "columns": list(named)}
-    return table.with_columns(named, keep=keep, rows=rows, info=info, replace=values)
+    from nbinfer.frames.run import Run
 
 
 def complete(
@@ -228,54 +124,7 @@ def complete(
     KeyboardInterrupt
         As it came: finished rows are kept, and in ``last_run().frame()``.
     """
-    run = _complete(
-        data,
-        prompt,
-        on=on,
-        name=name,
-        model=placed(model, client, endpoints),
-        n=n,
-        schema=schema,
-        choices=choices,
-        images=images,
-        logprobs=logprobs,
-        cache=cache,
-        on_error=on_error,
-        nulls=nulls,
-        too_long=too_long,
-        keep=keep,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        **options,
-    )
-    return remember(run).run(make_sink(progress))
-
-
-def _complete(
-    data: Any,
-    prompt: Any = None,
-    *,
-    on: Any = None,
-    name: str = "completion",
-    model: Any = None,
-    n: int = 1,
-    schema: Any = None,
-    choices: Any = None,
-    images: Any = None,
-    logprobs: int = 0,
-    cache: CacheMode = True,
-    on_error: OnError = "null",
-    nulls: Nulls = "skip",
-    too_long: TooLong = "error",
-    keep: bool = True,
-    max_tokens: int | None = 256,
-    temperature: float = 0.0,
-    seed: int | None = 0,
-    **options: Any,
-) -> Run:
-    import pyarrow as pa
-
+    rules = Rules(model, client, endpoints, cache, on_error, nulls, too_long, keep, progress)
     table = read(data)
     n, seed, logprobs = (plain_number(number) for number in (n, seed, logprobs))
     if isinstance(n, bool) or n < 1:
@@ -285,12 +134,12 @@ def _complete(
             f"n={n} with temperature=0 would give {n} times the same answer; set temperature=0.7 or so."
         )
     side = (*(("sample",) if n > 1 else ()), *SIDE, *(("mean_logprob", "logprobs") if logprobs else ()))
-    names = table.free_names([name], beside_names(side, too_long), prefix=name, keep=keep)
+    output = rules.output(table, [name], side, name=name, per_row=n)
     own = isinstance(images, str)
     asked = make_prompt(prompt, on, table.names, only=table.only, call="complete", fixed=own)
+    advice = asked.advice if isinstance(asked, Template) and table.rows >= _ADVISE_ROWS else None
     if own:
         asked = _with_images(asked, images, table, too_long, options)
-    loaded = resolve(model, Mode.COMPLETION)
     params = plain_options(
         {
             "max_tokens": max_tokens,
@@ -302,35 +151,31 @@ def _complete(
             **options,
         },
     )
+    loaded = rules.model_for(Mode.COMPLETION)
     work = completion_work("complete", params, seed=seed)
 
     def build(run: Run, columns: Columns) -> Any:
-        beside = {}
-        if n > 1:
-            position = np.arange(len(columns.row_job)) if columns.rows is None else columns.rows
-            beside["sample"] = pa.array((position % n).astype(np.int16))
-        beside |= side_columns(columns)
+        import pyarrow as pa
+
+        beside = sample_column(columns, n) | side_columns(columns)
         if logprobs:
             beside |= logprob_columns(columns)
-        values = {name: columns.values(pa.large_string())}
-        return finish(table, run, columns, values, beside, names=names, keep=keep, per_row=n)
+        return output.frame(run, columns, {name: columns.values(pa.large_string())}, beside)
 
-    plan = make_plan(
+    run = rules.batch(
         table,
         asked,
         work,
         loaded,
+        build,
+        params={**params, "n": n, "name": name, "images": images},
         expand=lambda content: [(content, sample) for sample in range(n)],
         per_row=n,
-        seed=seed if temperature > 0 else 0,
-        draws=temperature > 0,
-        nulls=nulls,
-        cache=cache,
-        too_long=too_long,
+        seed=0 if work.greedy else seed,
+        draws=not work.greedy,
+        advice=advice,
     )
-    advice = asked.advice if isinstance(asked, Template) and table.rows >= _ADVISE_ROWS else None
-    said = {**params, "n": n, "name": name, "images": images}
-    return Run(plan, build, params=said, on_error=on_error, advice=advice)
+    return rules.result(run)
 
 
 def _with_images(
@@ -377,40 +222,6 @@ def completion_work(
     if parse is None and prepared.schema is not None:
         parse = prepared.schema.parse
     return CompletionWork(op, prepared.request, parse)
-
-
-def logprob_columns(columns: Columns) -> dict[str, Any]:
-    """Return the answers' mean log-probability and every token's, as Arrow arrays."""
-    import pyarrow as pa
-
-    kind = pa.list_(
-        pa.struct(
-            [
-                ("token", pa.string()),
-                ("logprob", pa.float32()),
-                ("top", pa.list_(pa.struct([("token", pa.string()), ("logprob", pa.float32())]))),
-            ],
-        ),
-    )
-    means: list[float | None] = []
-    every: list[Any] = []
-    for job in range(len(columns.outcomes)):
-        tokens = columns.outcomes.extra.get(job, {}).get("logprobs")
-        if tokens is None or job in columns.outcomes.errors:
-            means.append(None)
-            every.append(None)
-            continue
-        means.append(float(np.mean([logprob for _, logprob, _ in tokens])) if tokens else None)
-        every.append(
-            [
-                {"token": token, "logprob": logprob, "top": [{"token": t, "logprob": p} for t, p in top]}
-                for token, logprob, top in tokens
-            ],
-        )
-    return {
-        "mean_logprob": columns.values(pa.float32(), means),
-        "logprobs": columns.values(kind, every),
-    }
 
 
 # What well-known embedding models want before a query and a document, by a part of their name.
@@ -485,46 +296,13 @@ def embed(
     RequestError
         The call itself is wrong: an unknown column, a name that is taken, a wrong option.
     """
-    run = _embed(
-        data,
-        prompt,
-        on=on,
-        name=name,
-        model=placed(model, client, endpoints),
-        kind=kind,
-        normalize=normalize,
-        dims=dims,
-        cache=cache,
-        on_error=on_error,
-        nulls=nulls,
-        too_long=too_long,
-        keep=keep,
-    )
-    return remember(run).run(make_sink(progress))
-
-
-def _embed(
-    data: Any,
-    prompt: Any = None,
-    *,
-    on: Any = None,
-    name: str = "embedding",
-    model: Any = None,
-    kind: Literal["query", "document"] | None = None,
-    normalize: bool = True,
-    dims: int | None = None,
-    cache: CacheMode = True,
-    on_error: OnError = "null",
-    nulls: Nulls = "skip",
-    too_long: TooLong = "error",
-    keep: bool = True,
-) -> Run:
+    rules = Rules(model, client, endpoints, cache, on_error, nulls, too_long, keep, progress)
     table = read(data)
     choice("kind", kind, (None, "query", "document"))
     dims = plain_number(dims)
-    names = table.free_names([name], beside_names(("n_tokens", "error"), too_long), prefix=name, keep=keep)
+    output = rules.output(table, [name], ("n_tokens", "error"), name=name)
     asked = make_prompt(prompt, on, table.names, only=table.only, call="embed")
-    loaded = resolve(model, Mode.EMBEDDING)
+    loaded = rules.model_for(Mode.EMBEDDING)
     size = loaded.info.dimensions
     if dims is not None and (dims < 1 or (size is not None and dims > size)):
         raise RequestError(f"dims={dims!r}: {loaded.name} has vectors of {size} components.")
@@ -532,12 +310,10 @@ def _embed(
 
     def build(run: Run, columns: Columns) -> Any:
         beside = {"n_tokens": columns.prompt_tokens(), "error": columns.error()}
-        values = {name: columns.vectors(dims or size)}
-        return finish(table, run, columns, values, beside, names=names, keep=keep)
+        return output.frame(run, columns, {name: columns.vectors(dims or size)}, beside)
 
-    plan = make_plan(table, asked, work, loaded, expand=_text, nulls=nulls, cache=cache, too_long=too_long)
     params = {"normalize": normalize, "dims": dims, "kind": kind, "prefix": work.prefix, "name": name}
-    return Run(plan, build, params=params, on_error=on_error)
+    return rules.result(rules.batch(table, asked, work, loaded, build, params=params, expand=_text))
 
 
 def submit(data: Any, prompt: Any = None, *, operation: str = "complete", **options: Any) -> Run:
@@ -556,17 +332,14 @@ def submit(data: Any, prompt: Any = None, *, operation: str = "complete", **opti
         ``.frame()`` at any time, ``.wait()``, ``.cancel()``, ``.retry_failed()``; iterating gives frames of
         rows as they finish.
     """
-    from nbinfer.frames.judge import plan_classify
-    from nbinfer.frames.typed import plan_extract
+    from nbinfer.frames.judge import classify
+    from nbinfer.frames.typed import extract
 
-    plans: dict[str, Callable[..., Run]] = {
-        "complete": _complete,
-        "embed": _embed,
-        "extract": plan_extract,
-        "classify": plan_classify,
+    operators: dict[str, Callable[..., Run]] = {
+        "complete": complete,
+        "embed": embed,
+        "extract": extract,
+        "classify": classify,
     }
-    choice("operation", operation, tuple(plans))
-    options.pop("progress", None)
-    model, client, endpoints = (options.pop(name, None) for name in ("model", "client", "endpoints"))
-    options["model"] = placed(model, client, endpoints)
-    return remember(plans[operation](data, prompt=prompt, **options)).start()
+    choice("operation", operation, tuple(operators))
+    return operators[operation](data, prompt=prompt, **{**options, "progress": IN_BACKGROUND})

@@ -139,8 +139,6 @@ def make_plan(
         prompt = Trimmed(
             prompt, lambda content: all(work.fits(engine, c) for c, _ in expand(content)), too_long
         )
-    choice("nulls", nulls, ("skip", "empty", "error"))
-    choice("cache", cache, (True, False, "refresh"))
     planner = _Planner(
         prompt,
         work,

@@ -8,11 +8,8 @@ import numpy as np
 
 from nbinfer.contract.errors import RequestError
 from nbinfer.contract.modes import Mode
-from nbinfer.frames.operators import placed, resolve
-from nbinfer.frames.plan import make_plan
-from nbinfer.frames.progress import make_sink
 from nbinfer.frames.prompts import make_prompt
-from nbinfer.frames.run import Run, remember
+from nbinfer.frames.rules import Rules
 from nbinfer.frames.tables import read
 from nbinfer.frames.work import RerankWork
 
@@ -20,10 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from nbinfer.frames.outcomes import Columns
+    from nbinfer.frames.output import Output
     from nbinfer.frames.plan import CacheMode, Nulls, OnError
     from nbinfer.frames.progress import Sink
     from nbinfer.frames.prompts import Prompt
-    from nbinfer.frames.tables import Table
+    from nbinfer.frames.run import Run
 
 SIDE = ("rank", "error", "n_tokens")
 
@@ -98,6 +96,7 @@ def rerank(
     RequestError
         The call itself is wrong.
     """
+    rules = Rules(model, client, endpoints, cache, on_error, nulls, keep=keep, progress=progress)
     table = read(docs)
     if not isinstance(query, str):
         raise RequestError(
@@ -106,34 +105,32 @@ def rerank(
     if k is not None and (isinstance(k, bool) or k < 1):
         raise RequestError(f"k={k!r}: it is the number of documents to keep, at least 1.")
     beside = (*(("row",) if table.only and table.family != "pandas" else ()), *SIDE)
-    names = table.free_names([name], beside, prefix=name, keep=keep)
+    output = rules.output(table, [name], beside, name=name)
     documents = make_prompt(None, on, table.names, only=table.only, call="rerank")
     column = query if not table.only and query in table.names else None
     pair = _Pair(documents, None if column is not None else query, column)
-    loaded = resolve(placed(model, client, endpoints), Mode.RERANKING)
-    plan = make_plan(table, pair, RerankWork(), loaded, nulls=nulls, cache=cache)
+    loaded = rules.model_for(Mode.RERANKING)
 
     def build(run: Run, columns: Columns) -> Any:
-        return _ranked(table, run, columns, column, names, name=name, k=k, sort=sort, keep=keep)
+        return _ranked(output, run, columns, column, name=name, k=k, sort=sort)
 
-    run = Run(plan, build, params={"query": query, "k": k, "name": name}, on_error=on_error)
-    return remember(run).run(make_sink(progress))
+    params = {"query": query, "k": k, "name": name}
+    return rules.result(rules.batch(table, pair, RerankWork(), loaded, build, params=params))
 
 
 def _ranked(
-    table: Table,
+    output: Output,
     run: Run,
     columns: Columns,
     column: str | None,
-    names: dict[str, str],
     *,
     name: str,
     k: int | None,
     sort: bool,
-    keep: bool,
 ) -> Any:
     import pyarrow as pa
 
+    table, names = output.table, output.names
     places = np.arange(table.rows) if columns.rows is None else columns.rows
     errors = columns.outcomes.errors
     per_job = [np.nan if v is None or j in errors else v for j, v in enumerate(columns.outcomes.value)]
@@ -162,4 +159,4 @@ def _ranked(
     out = {name: scores, **{names[word]: array for word, array in beside.items() if word in names}}
     taken = {word: array.take(pa.array(chosen)) for word, array in out.items()}
     info = {**run.info, "columns": list(out)}
-    return table.with_columns(taken, keep=keep, rows=places[chosen], info=info, replace=[name])
+    return table.with_columns(taken, keep=output.keep, rows=places[chosen], info=info, replace=[name])

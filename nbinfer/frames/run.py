@@ -16,7 +16,7 @@ from nbinfer.frames import outcomes as oc
 from nbinfer.frames.drive import GRACE_SECONDS, Drive
 from nbinfer.frames.journal import KEY_VERSION
 from nbinfer.frames.outcomes import Columns
-from nbinfer.frames.plan import choice, kind
+from nbinfer.frames.plan import kind
 from nbinfer.frames.progress import JupyterSink, Progress, QuietSink, Sink
 from nbinfer.frames.work import plain, weights
 
@@ -46,7 +46,6 @@ class Run:
         on_error: OnError = "null",
         advice: str | None = None,
     ) -> None:
-        choice("on_error", on_error, ("null", "raise", "stop"))
         self._plan = plan
         self._build = build
         self._params = plain(params)

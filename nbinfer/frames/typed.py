@@ -9,19 +9,10 @@ from nbinfer.contract.errors import RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.schemas import Schema
 from nbinfer.contract.units import plain_number
-from nbinfer.frames.operators import (
-    beside_names,
-    completion_work,
-    finish,
-    placed,
-    plain_options,
-    resolve,
-    side_columns,
-)
-from nbinfer.frames.plan import make_plan
-from nbinfer.frames.progress import make_sink
+from nbinfer.frames.operators import completion_work, plain_options
+from nbinfer.frames.output import SIDE, side_columns
 from nbinfer.frames.prompts import make_prompt
-from nbinfer.frames.run import Run, remember
+from nbinfer.frames.rules import Rules
 from nbinfer.frames.shapes import Shape
 from nbinfer.frames.tables import read
 
@@ -29,18 +20,10 @@ if TYPE_CHECKING:
     from nbinfer.frames.outcomes import Columns
     from nbinfer.frames.plan import CacheMode, Nulls, OnError, TooLong
     from nbinfer.frames.progress import Sink
+    from nbinfer.frames.run import Run
     from nbinfer.frames.shapes import Field
 
-SIDE = (
-    "raw",
-    "error",
-    "finish_reason",
-    "prompt_tokens",
-    "cached_tokens",
-    "completion_tokens",
-    "seconds",
-    "source",
-)
+_SIDE = ("raw", *SIDE)
 
 
 def extract(
@@ -94,57 +77,18 @@ def extract(
     RequestError
         The call itself is wrong.
     """
-    run = plan_extract(
-        data,
-        schema,
-        prompt,
-        on=on,
-        name=name,
-        model=placed(model, client, endpoints),
-        cache=cache,
-        on_error=on_error,
-        nulls=nulls,
-        too_long=too_long,
-        keep=keep,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        **options,
-    )
-    return remember(run).run(make_sink(progress))
-
-
-def plan_extract(
-    data: Any,
-    schema: Any,
-    prompt: Any = None,
-    *,
-    on: Any = None,
-    name: str = "extract",
-    model: Any = None,
-    cache: CacheMode = True,
-    on_error: OnError = "null",
-    nulls: Nulls = "skip",
-    too_long: TooLong = "error",
-    keep: bool = True,
-    max_tokens: int | None = 512,
-    temperature: float = 0.0,
-    seed: int | None = 0,
-    **options: Any,
-) -> Run:
-    """Return the run that :func:`extract` waits for."""
+    rules = Rules(model, client, endpoints, cache, on_error, nulls, too_long, keep, progress)
     table = read(data)
     taken = sorted({"choices", "regex", "grammar", "json"} & options.keys())
     if taken:
         raise RequestError(f"extract: the schema is the rule for the answers; {taken[0]} is a second one.")
     made = Schema(schema)
     shape = Shape(made.json_schema)
-    fields = [field.name for field in shape.fields]
-    names = table.free_names(fields, beside_names(SIDE, too_long), prefix=name, keep=keep)
+    output = rules.output(table, [field.name for field in shape.fields], _SIDE, name=name)
     asked = make_prompt(
         prompt, on, table.names, only=table.only, default=_default_prompt(made), call="extract"
     )
-    loaded = resolve(model, Mode.COMPLETION)
+    loaded = rules.model_for(Mode.COMPLETION)
     seed = plain_number(seed)
     params = plain_options({"max_tokens": max_tokens, "temperature": temperature, **options})
     work = completion_work(
@@ -156,20 +100,19 @@ def plan_extract(
 
     def build(run: Run, columns: Columns) -> Any:
         values = {field.name: _column(columns, i, field) for i, field in enumerate(shape.fields)}
-        return finish(table, run, columns, values, side_columns(columns, SIDE), names=names, keep=keep)
+        return output.frame(run, columns, values, side_columns(columns, _SIDE))
 
-    plan = make_plan(
+    run = rules.batch(
         table,
         asked,
         work,
         loaded,
-        seed=seed if temperature > 0 else 0,
-        draws=temperature > 0,
-        nulls=nulls,
-        cache=cache,
-        too_long=too_long,
+        build,
+        params={**params, "schema": made.json_schema, "name": name},
+        seed=0 if work.greedy else seed,
+        draws=not work.greedy,
     )
-    return Run(plan, build, params={**params, "schema": made.json_schema, "name": name}, on_error=on_error)
+    return rules.result(run)
 
 
 def _default_prompt(schema: Schema) -> str:
