@@ -229,11 +229,13 @@ class EmbeddingResult:
     """Vectors, float32 of shape (texts, dimensions), and the token count of each text.
 
     A model loaded with ``pooling="none"`` gives a vector for each token of each text: shape (tokens,
-    dimensions), in the order of the texts.
+    dimensions), in the order of the texts. ``finish_reason`` is ``stop``, or ``interrupted`` when the request
+    was cancelled; then there are no vectors, shape (0, dimensions), and no counts.
     """
 
     vectors: NDArray[np.float32]
     n_tokens: tuple[int, ...]
+    finish_reason: FinishReason = "stop"
     model: str = ""
     seconds: float = 0.0
 
@@ -245,10 +247,14 @@ class EmbeddingResult:
 
 @dataclass(frozen=True, kw_only=True)
 class RerankResult:
-    """Scores, float32 of shape (documents,), in the order of the documents."""
+    """Scores, float32 of shape (documents,), in the order of the documents.
+
+    ``finish_reason`` is ``stop``, or ``interrupted`` when the request was cancelled: then there are none.
+    """
 
     scores: NDArray[np.float32]
     n_tokens: tuple[int, ...]
+    finish_reason: FinishReason = "stop"
     model: str = ""
     seconds: float = 0.0
 

@@ -117,7 +117,10 @@ class Stream:
         callback()
 
     def cancel(self) -> None:
-        """Ask the engine to stop; it answers with a ``Finished`` whose result is ``interrupted``."""
+        """Ask the engine to stop; it answers with a ``Finished`` whose result is ``interrupted``.
+
+        A scoring ends with ``EngineError`` instead: its result has no place to say so.
+        """
         with self._ready:
             if self._done or self._cancelled:
                 return

@@ -1,4 +1,4 @@
-"""From the vectors that a model gives to those that were asked for: cut, then of length 1."""
+"""From the vectors that a model gives to those that were asked for: cut, then of length 1; or none at all."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nbinfer.contract.requests import EmbeddingRequest, RerankRequest
+from nbinfer.contract.results import EmbeddingResult, RerankResult
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from nbinfer.contract.requests import EmbeddingRequest
+    from nbinfer.contract.results import FinishReason
+    from nbinfer.engines.protocol import EngineInfo
 
 
 def as_asked(vectors: NDArray[np.float32], request: EmbeddingRequest) -> NDArray[np.float32]:
@@ -37,3 +41,17 @@ def unit_length(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     np.divide(vectors, lengths, out=vectors, where=lengths > 0)
     return vectors
+
+
+def nothing(
+    request: EmbeddingRequest | RerankRequest, info: EngineInfo, reason: FinishReason
+) -> EmbeddingResult | RerankResult:
+    """Return the result without a vector, or a score: of no texts, or of a request that was cancelled.
+
+    Half of the rows would be worth nothing to anybody: a row that is missing looks like one of zeros.
+    """
+    if isinstance(request, RerankRequest):
+        none = np.zeros(0, np.float32)
+        return RerankResult(scores=none, n_tokens=(), finish_reason=reason, model=info.model)
+    vectors = np.zeros((0, request.dims or info.dimensions or 0), np.float32)
+    return EmbeddingResult(vectors=vectors, n_tokens=(), finish_reason=reason, model=info.model)

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from nbinfer.contract import rendering
-from nbinfer.contract.errors import NotSupported, short_interrupt
+from nbinfer.contract.errors import EngineError, NotSupported, short_interrupt
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import EmbeddingRequest, RerankRequest
 from nbinfer.session.asking import prepare, prepare_images
@@ -211,10 +211,14 @@ class Model:
 @short_interrupt("the request was stopped.")
 def _wait(stream: Stream) -> Any:
     try:
-        return stream.result()
+        found = stream.result()
     except BaseException:
         stream.cancel()
         raise
+    # A bare array has no place to say so.
+    if found.finish_reason == "interrupted":
+        raise EngineError("the request was stopped before it was finished.")
+    return found
 
 
 def _unload_when_idle(model: Model) -> None:

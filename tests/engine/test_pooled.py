@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
+
+    from nbinfer.engines.stream import Stream
 
 pytestmark = pytest.mark.engine
 
@@ -115,6 +118,30 @@ def test_closing_ends_what_waits() -> None:
         streams[-1].result(5)
     with pytest.raises(EngineClosed):
         engine.submit(EmbeddingRequest(texts=["x"]))
+
+
+def test_a_cancelled_request_is_interrupted_and_the_engine_goes_on(
+    engine: PooledEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted = threading.Event()
+    streams: list[Stream] = []
+    decode = engine._context.decode
+
+    def cancelled_meanwhile() -> int:
+        submitted.wait(30)
+        for stream in streams[:2]:
+            stream.cancel()
+        return decode()
+
+    monkeypatch.setattr(engine._context, "decode", cancelled_meanwhile)
+    for texts, dims in ((TEXTS, None), (TEXTS[:1], 16), (TEXTS, None)):
+        streams.append(engine.submit(EmbeddingRequest(texts=texts, dims=dims)))
+    submitted.set()
+    running, waiting, after = (stream.result(60) for stream in streams)
+    for result, size in ((running, 384), (waiting, 16)):
+        assert (result.finish_reason, result.vectors.shape, result.n_tokens) == ("interrupted", (0, size), ())
+    assert (after.finish_reason, after.vectors.shape) == ("stop", (len(TEXTS), 384))
+    assert engine.load().waiting == 0
 
 
 def test_token_vectors_average_to_the_texts_vector(engine: PooledEngine) -> None:

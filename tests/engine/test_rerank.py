@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 import nbinfer as nb
 from nbinfer.contract.errors import ContextOverflow, NotSupported
-from nbinfer.contract.requests import EmbeddingRequest
+from nbinfer.contract.requests import EmbeddingRequest, RerankRequest
 from nbinfer.models.demo import demo_embed_path
 
 if TYPE_CHECKING:
@@ -62,6 +63,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[nb.Model]:
 
 def test_the_mode_is_read_from_the_file(model: nb.Model) -> None:
     assert model.mode == "reranking"
+
+
+def test_a_cancelled_ranking_is_interrupted(model: nb.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = model.engine
+    submitted, decode = threading.Event(), engine._context.decode
+
+    def cancelled_meanwhile() -> int:
+        submitted.wait(30)
+        stream.cancel()
+        code: int = decode()
+        return code
+
+    monkeypatch.setattr(engine._context, "decode", cancelled_meanwhile)
+    # More than one batch holds.
+    stream = model.submit(RerankRequest(query="Where is the cat?", documents=DOCUMENTS * 20))
+    submitted.set()
+    result = stream.result(60)
+    assert (result.finish_reason, result.scores.shape, result.n_tokens) == ("interrupted", (0,), ())
 
 
 def test_scores_are_one_number_per_document_in_their_order(model: nb.Model) -> None:

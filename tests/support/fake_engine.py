@@ -42,6 +42,7 @@ from nbinfer.contract.results import (
 )
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import AnyResult, Stream
+from nbinfer.engines.vectors import nothing
 
 if TYPE_CHECKING:
     from nbinfer.contract.results import FinishReason
@@ -458,14 +459,10 @@ def _params(request: CompletionRequest) -> dict[str, object]:
 
 def _interrupted(request: Asked, info: EngineInfo) -> AnyResult:
     """Return the result of a request that was cancelled before it ran."""
-    if isinstance(request, EmbeddingRequest):
-        return EmbeddingResult(
-            vectors=np.zeros((0, info.dimensions or 1), np.float32), n_tokens=(), model=info.model
-        )
+    if isinstance(request, EmbeddingRequest | RerankRequest):
+        return nothing(request, info, "interrupted")
     if isinstance(request, ScoreRequest):
         return ScoreResult(logprobs=np.zeros(0), model=info.model)
-    if isinstance(request, RerankRequest):
-        return RerankResult(scores=np.zeros(0, np.float32), n_tokens=(), model=info.model)
     return Result(
         text="",
         finish_reason="interrupted",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,24 @@ def test_many_texts_come_back_in_their_order(embedder: PooledEngine) -> None:
     np.testing.assert_allclose(
         found.vectors[some], vectors(embedder, [texts[i] for i in some]).vectors, atol=1e-5
     )
+
+
+def test_a_cancelled_request_is_interrupted_and_the_engine_goes_on(
+    embedder: PooledEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted, compute = threading.Event(), embedder._computed
+
+    def cancelled_meanwhile(texts: list[list[int]]) -> Any:
+        submitted.wait(30)
+        stream.cancel()
+        return compute(texts)
+
+    monkeypatch.setattr(embedder, "_computed", cancelled_meanwhile)
+    stream = embedder.submit(EmbeddingRequest(texts=["a cat"] * 65))
+    submitted.set()
+    result = stream.result(60)
+    assert (result.finish_reason, result.vectors.shape, result.n_tokens) == ("interrupted", (0, 384), ())
+    assert vectors(embedder, ["a cat"]).finish_reason == "stop"
 
 
 def test_a_text_that_is_too_long_is_refused_with_numbers(embedder: PooledEngine) -> None:

@@ -25,6 +25,7 @@ from nbinfer.contract.errors import (
     NotSupported,
     SchemaError,
 )
+from nbinfer.contract.requests import EmbeddingRequest, RerankRequest
 from nbinfer.sidecar.listen import server, unix_socket
 
 if TYPE_CHECKING:
@@ -231,6 +232,34 @@ def test_vectors_without_counts_and_out_of_order_are_read(their: Server) -> None
     )
     model = their.load(mode="embedding")
     assert model.embed(["a", "b"]).ravel().tolist() == pytest.approx([0.6, 0.8, 0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("mode", "asked"),
+    [
+        ("embedding", EmbeddingRequest(texts=("a", "b"), dims=4)),
+        ("reranking", RerankRequest(query="a", documents=("b", "c"))),
+    ],
+    ids=["embedding", "reranking"],
+)
+def test_a_cancelled_request_for_numbers_is_interrupted(
+    their: Server, mode: Any, asked: EmbeddingRequest | RerankRequest, request: pytest.FixtureRequest
+) -> None:
+    began, goes_on = threading.Event(), threading.Event()
+    request.addfinalizer(goes_on.set)
+
+    async def body() -> AsyncIterator[str]:
+        began.set()
+        yield " "
+        await asyncio.to_thread(goes_on.wait)
+
+    their.answer = lambda _: StreamingResponse(body(), media_type="application/json")
+    stream = their.load(mode=mode).submit(asked)
+    assert began.wait(20)
+    stream.cancel()
+    result = stream.result(20)
+    assert (result.finish_reason, result.n_tokens, result.model) == ("interrupted", (), "their-model")
+    assert (result.vectors.shape if mode == "embedding" else result.scores.shape)[0] == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

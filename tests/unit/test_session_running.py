@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
 from support.fake_engine import HANG, FakeEngine
+from support.sidecar import until
 
+from nbinfer.contract.errors import EngineError
 from nbinfer.session import Model, Running, session
 
 if TYPE_CHECKING:
@@ -46,3 +49,16 @@ def test_a_request_that_has_ended_is_not_listed() -> None:
     stream = model.stream("hello")
     stream.result()
     assert _listed() == []
+
+
+@pytest.mark.parametrize("ask", ["embed", "rerank"])
+def test_vectors_and_scores_that_another_stops_are_an_error_and_no_empty_array(ask: str) -> None:
+    model = Model(engine=FakeEngine(lambda _request: ["one ", HANG], parallel=1), name="listed")
+    first = model.stream("go on")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(lambda: model.embed(["a"]) if ask == "embed" else model.rerank("a", ["b"]))
+        until(lambda: len(_listed()) == 2)
+        _listed()[1].cancel()
+        with pytest.raises(EngineError, match="stopped"):
+            asked.result(20)
+    first.cancel()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from nbinfer.contract.requests import EmbeddingRequest
-from nbinfer.engines.vectors import as_asked, unit_length
+from nbinfer.contract.modes import Mode
+from nbinfer.contract.requests import EmbeddingRequest, RerankRequest
+from nbinfer.engines.protocol import EngineInfo
+from nbinfer.engines.vectors import as_asked, nothing, unit_length
 
 
 @pytest.mark.parametrize(
@@ -32,3 +36,15 @@ def test_vectors_are_cut_before_their_length_is_made_one(
 def test_no_texts_keep_the_number_of_components() -> None:
     assert as_asked(np.zeros((0, 8), np.float32), EmbeddingRequest(texts=(), dims=3)).shape == (0, 3)
     assert unit_length(np.zeros((0, 8), np.float32)).shape == (0, 8)
+
+
+@pytest.mark.parametrize(("dims", "known", "columns"), [(None, 8, 8), (3, 8, 3), (None, None, 0)])
+def test_a_result_of_nothing_says_why_and_keeps_its_shape(
+    dims: int | None, known: int | None, columns: int
+) -> None:
+    info = EngineInfo(backend="b", model="m", mode=Mode.EMBEDDING, context_size=8, dimensions=known)
+    found: Any = nothing(EmbeddingRequest(texts=("a",), dims=dims), info, "interrupted")
+    assert (found.finish_reason, found.model, found.n_tokens) == ("interrupted", "m", ())
+    assert (found.vectors.shape, found.vectors.dtype) == ((0, columns), np.float32)
+    scored: Any = nothing(RerankRequest(query="a", documents=("b",)), info, "stop")
+    assert (scored.finish_reason, scored.scores.shape, scored.scores.dtype) == ("stop", (0,), np.float32)

@@ -24,7 +24,7 @@ from nbinfer.engines.jobs import Jobs
 from nbinfer.engines.llamacpp.context import OK, Context, engine_version
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
-from nbinfer.engines.vectors import as_asked
+from nbinfer.engines.vectors import as_asked, nothing
 from nbinfer.memory import defaults
 
 if TYPE_CHECKING:
@@ -215,8 +215,11 @@ class PooledEngine:
         out = np.zeros((int(starts[-1]), self._size), np.float32)
         done = 0
         for pack in self._packs(job.tokens):
-            if self._jobs.closing or job.stream.cancelled:
-                raise EngineError("the request was interrupted.")
+            if self._jobs.closing:
+                raise self._jobs.unloaded()
+            if job.stream.cancelled:
+                job.stream.put(Finished(nothing(job.request, self.info, "interrupted")))
+                return
             self._decode_pack(pack, job.tokens, starts, out)
             done += len(pack)
             job.stream.put(PromptProgress(done, len(job.tokens)))

@@ -70,7 +70,7 @@ from nbinfer.engines.remote.wire import (
     vectors_from_wire,
 )
 from nbinfer.engines.stream import Stream
-from nbinfer.engines.vectors import unit_length
+from nbinfer.engines.vectors import nothing, unit_length
 from nbinfer.engines.writing import cut_short
 
 if TYPE_CHECKING:
@@ -459,9 +459,11 @@ class RemoteEngine:
     async def _serve(self, job: _Job) -> Any:
         request = job.request
         if isinstance(request, EmbeddingRequest):
-            return await self._embed(job, request)
+            return await self._embed(job, request) if request.texts else nothing(request, self.info, "stop")
         if isinstance(request, RerankRequest):
-            return await self._rerank(job, request)
+            return (
+                await self._rerank(job, request) if request.documents else nothing(request, self.info, "stop")
+            )
         if isinstance(request, ScoreRequest):
             return await self._score(request)
         if isinstance(request, ImageRequest):
@@ -469,12 +471,6 @@ class RemoteEngine:
         return await self._complete(job, request)
 
     async def _embed(self, job: _Job, request: EmbeddingRequest) -> EmbeddingResult:
-        if not request.texts:
-            return EmbeddingResult(
-                vectors=np.zeros((0, request.dims or self.info.dimensions or 0), np.float32),
-                n_tokens=(),
-                model=self._name,
-            )
         asked: dict[str, Any] = {
             "model": self._endpoint.model,
             "input": list(request.texts),
@@ -500,8 +496,6 @@ class RemoteEngine:
         )
 
     async def _rerank(self, job: _Job, request: RerankRequest) -> RerankResult:
-        if not request.documents:
-            return RerankResult(scores=np.zeros(0, np.float32), n_tokens=(), model=self._name)
         body: dict[str, Any] = {
             "model": self._endpoint.model,
             "query": request.query,
@@ -662,8 +656,11 @@ class RemoteEngine:
             )
             job.stream.put(Finished(made))
             return
-        if not isinstance(request, CompletionRequest):
-            job.stream.fail(EngineError("the request was interrupted."))
+        if isinstance(request, EmbeddingRequest | RerankRequest):
+            job.stream.put(Finished(nothing(request, self.info, "interrupted")))
+            return
+        if isinstance(request, ScoreRequest):
+            job.stream.fail(EngineError("the scoring was interrupted."))
             return
         result = Result(
             text=job.text,

@@ -10,7 +10,6 @@ import numpy as np
 
 from nbinfer.contract.errors import (
     ContextOverflow,
-    EngineError,
     NbinferError,
     NotSupported,
     RequestError,
@@ -21,7 +20,7 @@ from nbinfer.contract.results import EmbeddingResult, Finished, PromptProgress, 
 from nbinfer.engines.jobs import Jobs
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
-from nbinfer.engines.vectors import as_asked
+from nbinfer.engines.vectors import as_asked, nothing
 from nbinfer.engines.vllm.generate import effective
 from nbinfer.engines.vllm.host import Host, words
 from nbinfer.engines.vllm.vocabulary import Vocabulary
@@ -192,7 +191,8 @@ class PooledEngine:
             if self._host.closing:
                 raise self._jobs.unloaded()
             if job.stream.cancelled:
-                raise EngineError("the request was interrupted.")
+                job.stream.put(Finished(nothing(job.request, self.info, "interrupted")))
+                return
             if isinstance(job.request, RerankRequest):
                 documents = [job.request.documents[i] for i in lot]
                 parts.append(self._scores(job.request.query, documents))
