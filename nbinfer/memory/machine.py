@@ -10,7 +10,7 @@ import os
 import platform
 import threading
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,70 +118,89 @@ def _mem_limit(environ: Mapping[str, str]) -> int | None:
 
 def _cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
     """(limit, room left) of each control group with a memory limit, from the process's own up to the root."""
-    for kind, mount, inner, path in _cgroups(root):
-        relative = Path(path.removeprefix(inner if inner != "/" else "").lstrip("/"))
-        folder = root / mount.lstrip("/")
-        for depth in range(len(relative.parts), -1, -1):
-            group = folder.joinpath(*relative.parts[:depth])
-            limit = _limit_v2(group) if kind == "cgroup2" else _limit_v1(group)
-            if limit is not None:
-                yield limit
+    paths = _own_groups(root)
+    for kind, mount, inner in _mounts(root):
+        if kind in paths:
+            for group in _groups(mount, inner, paths[kind]):
+                limit = _limit_v2(group) if kind == "cgroup2" else _limit_v1(group)
+                if limit is not None:
+                    yield limit
 
 
-def _cgroups(root: Path) -> Iterator[tuple[str, str, str, str]]:
-    """(kind, mount point, root of the mount, path of this process) of the hierarchies that limit memory."""
+def _own_groups(root: Path) -> dict[str, str]:
+    """The path of this process in the hierarchies that may limit memory; it can be moved at any time."""
     paths: dict[str, str] = {}
-    for line in _lines(root / "proc/self/cgroup"):
+    for line in _text_of(f"{root}/proc/self/cgroup").splitlines():
         number, controllers, path = [*line.split(":", 2), "", ""][:3]
         if number == "0" and not controllers:
             paths["cgroup2"] = path
         elif "memory" in controllers.split(","):
             paths["cgroup"] = path
-    for line in _lines(root / "proc/self/mountinfo"):
+    return paths
+
+
+@lru_cache(maxsize=4)
+def _mounts(root: Path) -> tuple[tuple[str, str, str], ...]:
+    """(kind, mount point, root of the mount) of the hierarchies that may limit memory; read once."""
+    found = []
+    for line in _text_of(f"{root}/proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         fields, kinds = before.split(), after.split()
         if len(fields) < 5 or len(kinds) < 3:  # noqa: PLR2004 - the columns of mountinfo
             continue
         kind = kinds[0]
-        if kind in paths and (kind == "cgroup2" or "memory" in kinds[2].split(",")):
-            yield kind, fields[4], fields[3], paths[kind]
+        if kind == "cgroup2" or (kind == "cgroup" and "memory" in kinds[2].split(",")):
+            found.append((kind, str(root / fields[4].lstrip("/")), fields[3]))
+    return tuple(found)
 
 
-def _limit_v2(group: Path) -> tuple[int, int] | None:
-    limits = [n for n in (_number(group / "memory.max"), _number(group / "memory.high")) if n is not None]
-    used = _number(group / "memory.current")
-    if not limits or used is None:
+@lru_cache(maxsize=8)
+def _groups(mount: str, inner: str, path: str) -> tuple[str, ...]:
+    """The folders of a control group and of those above it."""
+    parts = Path(path.removeprefix(inner if inner != "/" else "").lstrip("/")).parts
+    return tuple(str(Path(mount, *parts[:depth])) for depth in range(len(parts), -1, -1))
+
+
+def _limit_v2(group: str) -> tuple[int, int] | None:
+    limits = [n for n in (_number(f"{group}/memory.max"), _number(f"{group}/memory.high")) if n is not None]
+    used = _number(f"{group}/memory.current") if limits else None
+    if used is None:
         return None
-    stat = _stat(group / "memory.stat")
+    stat = _stat(f"{group}/memory.stat")
     cached = stat.get("inactive_file", 0) + stat.get("active_file", 0)
     return min(limits), max(0, min(limits) - max(0, used - cached))
 
 
-def _limit_v1(group: Path) -> tuple[int, int] | None:
-    limit, used = _number(group / "memory.limit_in_bytes"), _number(group / "memory.usage_in_bytes")
-    if limit is None or used is None or limit >= _UNLIMITED:
+def _limit_v1(group: str) -> tuple[int, int] | None:
+    limit = _number(f"{group}/memory.limit_in_bytes")
+    if limit is None or limit >= _UNLIMITED:
         return None
-    stat = _stat(group / "memory.stat")
+    used = _number(f"{group}/memory.usage_in_bytes")
+    if used is None:
+        return None
+    stat = _stat(f"{group}/memory.stat")
     cached = stat.get("total_inactive_file", 0) + stat.get("total_active_file", 0)
     return limit, max(0, limit - max(0, used - cached))
 
 
-def _stat(path: Path) -> dict[str, int]:
-    pairs = (line.split() for line in _lines(path))
+def _stat(path: str) -> dict[str, int]:
+    pairs = (line.split() for line in _text_of(path).splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}  # noqa: PLR2004 - key value
 
 
-def _number(path: Path) -> int | None:
+def _number(path: str) -> int | None:
     """The number in a file; None when it says "max", something else, or is not there."""
-    text = next(iter(_lines(path)), "").strip()
+    text = _text_of(path).partition("\n")[0].strip()
     return int(text) if text.isdigit() else None
 
 
-def _lines(path: Path) -> list[str]:
+def _text_of(path: str) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+        # Not through pathlib: a dozen of these small files are read for each estimate.
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            return file.read().decode("utf-8", "replace")
     except OSError:
-        return []
+        return ""
 
 
 # -- GPUs -----------------------------------------------------------------------------------------------

@@ -147,6 +147,14 @@ def test_main_memory_is_what_the_narrowest_limit_leaves(
     assert 0 <= ram.available <= ram.total
 
 
+def test_a_process_that_is_moved_to_another_group_is_within_that_ones_limit(tmp_path: Path) -> None:
+    groups = {**v2_group("a/b", f"{2 * GIB}", 0), **v2_group("c", f"{GIB}", 0)}
+    write(tmp_path, {**V2, **groups})
+    assert main_memory(tmp_path, NONE).total == 2 * GIB
+    write(tmp_path, {"proc/self/cgroup": "0::/c\n"})
+    assert main_memory(tmp_path, NONE).total == GIB
+
+
 # -- GPUs on a scripted NVML ----------------------------------------------------------------------------
 
 
