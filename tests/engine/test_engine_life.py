@@ -132,7 +132,7 @@ def test_a_message_cannot_end_its_own_turn(engine: Any) -> None:
         int(weights.tokenize(t, special=True, add_special=False)[0]) for t in ("<|im_start|>", "<|im_end|>")
     }
     messages = ({"role": "user", "content": FORGED},)
-    text, tokens = engine._prompt_of(CompletionRequest(messages=messages))
+    text, tokens = engine._prompts.of(CompletionRequest(messages=messages))
     assert FORGED in text
     assert sum(int(t) in control for t in tokens) == 3  # begin and end of the message, begin of the answer
 
@@ -151,7 +151,7 @@ def test_parts_of_a_message_and_system_prompts_are_text_too(engine: Any) -> None
 
 
 def test_raw_prompts_keep_their_control_tokens(engine: Any) -> None:
-    tokens = engine._prompt_of(CompletionRequest(prompt="<|im_start|>user\n"))[1]
+    tokens = engine._prompts.of(CompletionRequest(prompt="<|im_start|>user\n"))[1]
     assert len(tokens) < 6
 
 

@@ -1,8 +1,9 @@
-"""Text generation: a scheduler that decodes many sequences at once.
+"""Text generation: a loop that decodes many sequences at once.
 
 One thread owns the llama.cpp context. Each step it takes one token for every sequence that is generating and
 fills the rest of the batch with pieces of waiting prompts, runs one decode, and samples. Callers only put
-requests in and read streams.
+requests in and read streams. ``schedule`` decides who takes part in a step, and who waits; ``prompts`` makes
+of a request what is decoded.
 
 Prompts share what they have in common (see ``prefixes``): rows that arrive together wait for the first of
 them to compute the prefix they share.
@@ -18,7 +19,6 @@ import secrets
 import threading
 import time
 from collections import deque
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,16 +42,15 @@ from nbinfer.engines.images import has_images
 from nbinfer.engines.llamacpp.adapters import Adapters
 from nbinfer.engines.llamacpp.constrain import Constrainer
 from nbinfer.engines.llamacpp.context import ABORTED, NO_SPACE, OK, Context, engine_version
-from nbinfer.engines.llamacpp.media import take_images
 from nbinfer.engines.llamacpp.prefixes import Prefixes
+from nbinfer.engines.llamacpp.prompts import Prompts
 from nbinfer.engines.llamacpp.sampling import Sampler, logprob_of
-from nbinfer.engines.llamacpp.sequence import Scores, Sequence, Slot, youth
-from nbinfer.engines.plaintext import SEAM
-from nbinfer.engines.prompts import check_length, only_text, rendered
+from nbinfer.engines.llamacpp.schedule import Schedule
+from nbinfer.engines.llamacpp.sequence import Scores, Sequence, Slot
+from nbinfer.engines.prompts import check_length
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
-from nbinfer.engines.template import ChatTemplate
-from nbinfer.engines.text import THINK_CLOSE, THINK_OPEN, TextAssembler
+from nbinfer.engines.text import THINK_OPEN, TextAssembler
 from nbinfer.engines.writing import cut_short, result_of
 from nbinfer.memory import defaults
 
@@ -60,7 +59,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from nbinfer.contract.requests import CompletionRequest, Message, Request, ScoreRequest
+    from nbinfer.contract.requests import CompletionRequest, Request, ScoreRequest
     from nbinfer.contract.results import FinishReason, Result
     from nbinfer.engines.llamacpp.context import ContextSettings
     from nbinfer.engines.llamacpp.media import Media, Projector
@@ -77,12 +76,6 @@ TILE = 64
 """llama.cpp's flash attention on a CPU takes so many tokens as one tile; half a tile takes as long.
 
 Where a tile takes longer than ``SLOW_SECONDS``, pieces are smaller all the same."""
-
-CROWD = 1024
-"""Plain attention, as on a CPU, looks at the cells of all sequences. Beyond so many that are not common to a
-batch row and the others, another row beside them costs more than it brings."""
-BATCH_TURN = 3
-"""While somebody waits at a cell, batch rows take part in every third step."""
 
 
 class CompletionEngine:
@@ -103,12 +96,7 @@ class CompletionEngine:
         saved: SavedStates | None = None,
     ) -> None:
         self._weights = weights
-        source = weights.chat_template()
-        self._template = (
-            ChatTemplate(source, bos_token=weights.special_text("bos"), eos_token=weights.special_text("eos"))
-            if source
-            else None
-        )
+        self._prompts = Prompts(weights, name=name, reasoning_budget=reasoning_budget)
         # A recurrent state is paid for per sequence; elsewhere a sequence costs one row of logits.
         usual = 1 if weights.has_recurrent_state else defaults.PARALLEL
         parallel = 1 if exact else settings.parallel or usual
@@ -120,8 +108,8 @@ class CompletionEngine:
         with closed_on_error(self._context):
             self._check_kind(name)
             self._prepare(name, digest, parallel)
-        self._reasoning_budget = reasoning_budget
         self._prefixes = Prefixes(self._context, weights, self._slots, shares=not exact, saved=saved)
+        self._schedule = Schedule(self._context, self._slots, self._prefixes, self._adapters)
         self._constrainer = Constrainer(weights)
         self._thread = threading.Thread(target=self._run, name=f"nbinfer-{name}", daemon=True)
         self._thread.start()
@@ -152,12 +140,10 @@ class CompletionEngine:
         self._slots = [Slot(i) for i in range(parallel)]
         self._wake = threading.Condition()
         self._inbox: deque[Sequence] = deque()
-        self._waiting: deque[Sequence] = deque()
         self._unfinished: set[Sequence] = set()
         self._cancelled: set[Stream] = set()
         self._in_flight: frozenset[Stream] = frozenset()
         self._closing = self._forked = False
-        self._step = 0
         self._prompt_rate = 0.0
         self._prompt_tokens = 0
         self._generated_tokens = 0
@@ -178,9 +164,9 @@ class CompletionEngine:
         """Return the exact prompt and its length in tokens; runs nothing."""
         with self._weights.in_use():
             if has_images(request) and self._projector is not None:
-                text, media = self._cut(request)
+                text, media = self._prompts.with_images(request, self._projector)
                 return text, media.n_tokens
-            text, tokens = self._prompt_of(request)
+            text, tokens = self._prompts.of(request)
         return text, len(tokens)
 
     def submit(self, request: Request) -> Stream:
@@ -206,19 +192,20 @@ class CompletionEngine:
     def _start(self, request: CompletionRequest) -> Stream:
         media: Media | None = None
         if has_images(request):
-            text, media = self._cut(request)
+            assert self._projector is not None  # noqa: S101 - submit has checked
+            text, media = self._prompts.with_images(request, self._projector)
             tokens = media.placeholders
             check_length(media.n_tokens, self.info)
         else:
-            text, tokens = self._prompt_of(request)
+            text, tokens = self._prompts.of(request)
         check_length(len(tokens), self.info)
         room = self.info.context_size - len(tokens)
         adapter = self._adapters.choose(request.adapter)
         seed = secrets.randbits(32) if request.sampling.seed is None else request.sampling.seed
         matcher = self._constrainer.matcher(request.constraint) if request.constraint else None
         opened = request.messages is not None and text.rstrip().endswith(THINK_OPEN)
-        if opened and self._budget(request) == 0:
-            tokens, opened = np.concatenate([tokens, self._thought_end]), False
+        if opened and self._prompts.budget(request) == 0:
+            tokens, opened = np.concatenate([tokens, self._prompts.thought_end]), False
         sequence = Sequence(
             request=request,
             stream=Stream(),
@@ -242,7 +229,7 @@ class CompletionEngine:
         question = request.question()
         if has_images(question):
             raise NotSupported("answers are scored behind text only, not behind images.")
-        text, tokens = self._prompt_of(question)
+        text, tokens = self._prompts.of(question)
         answers = [
             self._weights.tokenize(a, special=False, add_special=False).tolist() for a in request.answers
         ]
@@ -299,8 +286,6 @@ class CompletionEngine:
         RequestError
             A token is not in the vocabulary.
         """
-        from nbinfer.contract.errors import RequestError
-
         size = self._weights.n_vocab
         for token in tokens:
             if not 0 <= token < size:
@@ -313,7 +298,7 @@ class CompletionEngine:
         running = [s.sequence for s in self._slots if s.sequence is not None]
         return EngineLoad(
             running=len(running),
-            waiting=len(self._waiting) + len(self._inbox),
+            waiting=len(self._schedule.waiting) + len(self._inbox),
             context_used=sum(s.position for s in running),
             tokens_generated=self._generated_tokens,
             prompt_tokens=self._prompt_tokens,
@@ -343,75 +328,22 @@ class CompletionEngine:
                 self._context.request_abort()
             self._wake.notify()
 
-    def _prompt_of(self, request: CompletionRequest) -> tuple[str, NDArray[np.int32]]:
-        weights = self._weights
-        if isinstance(request.prompt, tuple):
-            tokens = np.array(request.prompt, np.int32)
-            if tokens.max() >= weights.n_vocab:
-                raise RequestError(
-                    f"token {tokens.max()} is outside the vocabulary (0 to {weights.n_vocab - 1})."
-                )
-            return weights.text(tokens), tokens
-        if request.prompt is not None:
-            return request.prompt, weights.tokenize(request.prompt, special=True, add_special=True)
-        messages = request.messages or ()
-        alone = only_text(messages) if self._template is None else None
-        if alone is not None:
-            return alone, weights.tokenize(alone, special=False, add_special=True)
-        text = self._rendered(messages, request)
-        tokens = weights.tokenize_rendered(text, add_special=self._adds_bos(text))
-        return text.replace(SEAM, ""), tokens
-
-    def _rendered(self, messages: tuple[Message, ...], request: CompletionRequest) -> str:
-        return rendered(
-            self._template,
-            messages,
-            request,
-            name=self._name,
-            controls=self._weights.control_texts,
-            budget=self._budget(request),
-        )
-
-    def _adds_bos(self, text: str) -> bool:
-        """Many templates write the beginning token themselves; it must not come twice."""
-        bos = self._weights.special_text("bos")
-        return self._weights.adds_bos and not (bos and text.startswith(bos))
-
-    def _cut(self, request: CompletionRequest) -> tuple[str, Media]:
-        """A prompt with images: its text, with markers, and its pieces."""
-        assert self._projector is not None  # noqa: S101 - submit has checked
-        messages, images = take_images(request)
-        if not messages:
-            raise RequestError("images go with messages, not with a raw prompt.")
-        # Here the text is tokenised in one piece: a blank of no width takes the seam's place.
-        text = self._rendered(messages, request).replace(SEAM, "\u200b")
-        return text, self._projector.cut(text, images, add_special=self._adds_bos(text))
-
-    def _budget(self, request: CompletionRequest) -> int | None:
-        """Tokens of reasoning allowed; None or -1 is no limit."""
-        return self._reasoning_budget if request.reasoning_budget is None else request.reasoning_budget
-
-    @cached_property
-    def _thought_end(self) -> NDArray[np.int32]:
-        """Tokens that end the reasoning."""
-        return self._weights.tokenize(f"\n{THINK_CLOSE}\n\n", special=True, add_special=False)
-
     # -- the engine's thread ----------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             while True:
                 with self._wake:
-                    while not (self._inbox or self._cancelled or self._closing or self._busy()):
+                    while not (self._inbox or self._cancelled or self._closing or self._schedule.busy):
                         self._wake.wait()
                     if self._closing:
                         break
-                    self._waiting.extend(self._inbox)
+                    self._schedule.waiting.extend(self._inbox)
                     self._inbox.clear()
                     cancelled, self._cancelled = self._cancelled, set()
                     self._context.reset_abort()
                 self._drop_cancelled(cancelled)
-                self._admit()
+                self._schedule.admit()
                 self._advance()
             self._prefixes.save()
         except BaseException as e:  # noqa: BLE001 - whatever happened, nobody may be left waiting
@@ -424,15 +356,12 @@ class CompletionEngine:
             self._context.close()
             self._weights.close()
 
-    def _busy(self) -> bool:
-        return bool(self._waiting) or any(s.sequence is not None for s in self._slots)
-
     def _fail_all(self, error: NbinferError) -> None:
         """End every request that has no end yet, wherever it was when the engine stopped."""
         with self._wake:
             self._closing = True
             everyone, self._unfinished = self._unfinished, set()
-            self._waiting.clear()
+            self._schedule.waiting.clear()
             self._inbox.clear()
             for slot in self._slots:
                 slot.sequence = None
@@ -443,88 +372,18 @@ class CompletionEngine:
     def _drop_cancelled(self, cancelled: set[Stream]) -> None:
         if not cancelled:
             return
-        for sequence in [s for s in self._waiting if s.stream in cancelled]:
-            self._waiting.remove(sequence)
+        for sequence in [s for s in self._schedule.waiting if s.stream in cancelled]:
+            self._schedule.waiting.remove(sequence)
             self._finish(sequence, "interrupted")
         for slot in self._slots:
             if slot.sequence is not None and slot.sequence.stream in cancelled:
                 self._finish(slot.sequence, "interrupted")
 
-    # -- admission --------------------------------------------------------------------------------------
-
-    def _admit(self) -> None:
-        """Give slots to waiting requests, cells before batch rows, as far as the context has room."""
-        for sequence in sorted(self._waiting, key=lambda s: not s.interactive):
-            while not self._has_room(sequence):
-                # Rows make way for a cell until it fits; nobody else is let in meanwhile.
-                if not (sequence.interactive and self._evict_batch_row()):
-                    return
-            if self._place(sequence):
-                self._waiting.remove(sequence)
-
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether a slot and cells of the context are free for one more sequence."""
-        taken = [s.sequence for s in self._slots if s.sequence is not None]
-        # The last slot is kept for a cell, so that one typed during a batch need not wait for a row.
-        kept = not sequence.interactive and len(self._slots) > 1
-        if len(self._slots) - len(taken) - kept <= 0:
-            return False
-        if not taken:
-            return True
-        if sequence.alone:
-            return False
-        shared, apart = self._prefixes.cells(taken, sequence)
-        if shared + apart > self._context.size:
-            return False
-        return sequence.interactive or apart <= CROWD or self._context.flash_attention
-
-    def _place(self, sequence: Sequence) -> bool:
-        """Put a sequence into the best free slot; False when it should wait for a prefix being computed."""
-        tokens = sequence.tokens(0, sequence.length)
-        patient = sequence.scores is not None or not sequence.interactive
-        if patient:
-            _, shared = self._prefixes.longest(tokens, sequence.adapter)
-            if self._prefixes.computing_more(tokens, shared, sequence.adapter):
-                return False
-        target, shared = self._prefixes.begin(tokens, sequence.adapter)
-        target.sequence = sequence
-        sequence.slot, sequence.position = target.index, shared
-        sequence.cached = min(shared, len(sequence.prompt))
-        if sequence.started is None:
-            sequence.started = time.perf_counter()
-        return True
-
-    def _evict_batch_row(self) -> bool:
-        """Send the youngest batch row back to the queue; its tokens are kept and computed again later."""
-        rows = [s for s in self._slots if s.sequence is not None and not s.sequence.interactive]
-        if not rows:
-            return False
-        self._preempt(max(rows, key=youth))
-        return True
-
-    def _preempt(self, slot: Slot) -> None:
-        sequence = slot.sequence
-        assert sequence is not None  # noqa: S101 - callers choose taken slots
-        self._prefixes.empty(slot)
-        slot.sequence = None
-        sequence.slot, sequence.position = -1, 0
-        self._waiting.appendleft(sequence)
-
-    def _make_room(self) -> bool:
-        """Free context cells after a decode found none; False when nothing is left to free."""
-        if self._prefixes.make_room():
-            return True
-        taken = [s for s in self._slots if s.sequence is not None]
-        if len(taken) > 1:
-            self._preempt(max(taken, key=youth))
-            return True
-        return False
-
     # -- one step ---------------------------------------------------------------------------------------
 
     def _advance(self) -> None:
         """Decode one batch and hand its outcome to the sequences in it."""
-        active = self._turn()
+        active = self._schedule.turn()
         if not active:
             return
         unfed = next((s for s in active if s.media is not None and s.position == 0), None)
@@ -544,7 +403,7 @@ class CompletionEngine:
             for sequence, _, _ in planned:
                 self._prefixes.take_back(self._slots[sequence.slot], sequence)
         elif code == NO_SPACE:
-            if not self._make_room():
+            if not self._schedule.make_room():
                 for sequence, _, _ in planned:
                     self._finish(sequence, "length")
         elif code == OK:
@@ -575,29 +434,12 @@ class CompletionEngine:
             if others and not sequence.alone:
                 # Tried again when it has the whole context.
                 sequence.alone = True
-                self._preempt(self._slots[sequence.slot])
+                self._schedule.preempt(self._slots[sequence.slot])
             else:
                 self._finish(sequence, "error", EngineError("the images could not be read into the context."))
             return
         self._prompt_tokens += sequence.media.n_tokens
         self._after_decode(sequence, len(sequence.prompt), -1, time.perf_counter())
-
-    def _turn(self) -> list[Sequence]:
-        """The sequences whose turn it is."""
-        active = [s.sequence for s in self._slots if s.sequence is not None]
-        if not active:
-            return []
-        self._step += 1
-        if self._step % BATCH_TURN and any(s.interactive for s in active):
-            active = [s for s in active if s.interactive]
-        return self._one_adapter(active)
-
-    def _one_adapter(self, active: list[Sequence]) -> list[Sequence]:
-        """One batch runs under one adapter: take turns between those in use."""
-        in_use = list(dict.fromkeys(s.adapter for s in active))
-        adapter = in_use[self._step % len(in_use)]
-        self._adapters.apply(self._context.pointer, adapter)
-        return [s for s in active if s.adapter == adapter]
 
     def _take_outcome(self, planned: list[tuple[Sequence, int, int]], began: float) -> None:
         now = time.perf_counter()
@@ -756,9 +598,9 @@ class CompletionEngine:
         if not sequence.assembler.in_reasoning:
             return []
         sequence.thoughts += 1
-        budget = self._budget(sequence.request)
+        budget = self._prompts.budget(sequence.request)
         spent = budget is not None and budget >= 0 and sequence.thoughts == budget + 1
-        return self._thought_end.tolist() if spent else []
+        return self._prompts.thought_end.tolist() if spent else []
 
     def _emit(self, sequence: Sequence, text: str, reasoning: str) -> None:
         if reasoning:
@@ -780,7 +622,7 @@ class CompletionEngine:
             slot.sequence = None
             slot.released = time.perf_counter()
             if reason != "error" and sequence.media is None:
-                self._prefixes.finished(slot, sequence, self._waiting)
+                self._prefixes.finished(slot, sequence, self._schedule.waiting)
             else:
                 self._prefixes.empty(slot)
         sequence.sampler.close()
