@@ -253,7 +253,8 @@ def plot_similarity(
     RequestError
         A column is unknown, or fewer than three rows have vectors.
     """
-    from nbinfer.frames.neighbours import both_sides, top_k, unit
+    from nbinfer.frames.neighbours import top_k, unit
+    from nbinfer.frames.searching import both_sides
 
     if query is not None and not isinstance(query, str):
         query = np.asarray(query, np.float32)

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from nbinfer.frames.journal import cache
     from nbinfer.frames.judge import classify, filter  # noqa: A004 - the operator's common name
     from nbinfer.frames.matrix import vectors
-    from nbinfer.frames.neighbours import similar
     from nbinfer.frames.operators import complete, embed, submit
     from nbinfer.frames.prompts import jinja
     from nbinfer.frames.ranking import rerank
     from nbinfer.frames.run import Run, last_run
+    from nbinfer.frames.searching import similar
     from nbinfer.frames.typed import extract
 
 _WHERE = {
@@ -30,7 +30,7 @@ _WHERE = {
     "embed": "operators",
     "submit": "operators",
     "vectors": "matrix",
-    "similar": "neighbours",
+    "similar": "searching",
     "jinja": "prompts",
     "cache": "journal",
     "last_run": "run",

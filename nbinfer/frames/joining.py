@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from nbinfer.contract.errors import RequestError
 from nbinfer.frames.judge import filter as keep_rows
-from nbinfer.frames.neighbours import neighbours
+from nbinfer.frames.neighbours import places
 from nbinfer.frames.plan import choice
 from nbinfer.frames.progress import announce
-from nbinfer.frames.prompts import unknown_column
 from nbinfer.frames.ranking import rerank as rank_documents
+from nbinfer.frames.rules import Rules
+from nbinfer.frames.searching import Embedder, Side, Wanted, nearest, side_of
 from nbinfer.frames.tables import Table, read
 
 if TYPE_CHECKING:
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
     from nbinfer.frames.neighbours import Metric
     from nbinfer.frames.progress import Sink
+
+_CANDIDATES = 4
+"""How many candidates for each match a reranking model is given."""
 
 
 def join(
@@ -37,6 +42,8 @@ def join(
     how: Literal["inner", "left"] = "inner",
     suffix: str = "_right",
     model: Any = None,
+    client: Any = None,
+    endpoints: Any = None,
     chat_model: Any = None,
     progress: bool | Sink | None = None,
 ) -> Any:
@@ -65,8 +72,13 @@ def join(
         "inner": matches only; "left": left rows without a match stay, with nulls.
     suffix
         What the right frame's columns get where the left one has the same name.
-    model, chat_model
-        The embedding model, and the one that answers ``predicate``.
+    model
+        The embedding model; None: the default, else the only one loaded.
+    client, endpoints
+        Where texts are embedded, as for :func:`nbinfer.complete`. The models of ``rerank`` and ``predicate``
+        compute where they are loaded.
+    chat_model
+        The model that answers ``predicate``.
 
     Returns
     -------
@@ -80,55 +92,47 @@ def join(
         The call itself is wrong: an unknown column, frames of two families, a name that is taken.
     """
     choice("how", how, ("inner", "left"))
+    embedder = Embedder(Rules(model, client, endpoints, progress=progress))
+    wanted = Wanted(k, metric, min_score)
     first, second = read(left), read(right)
     if first.only or second.only or first.family != second.family:
         raise RequestError(
             f"join takes two frames of one family; these are {first.family} {first.kind} and "
             f"{second.family} {second.kind}.",
         )
-    for table, column, word in ((first, left_on, "left_on"), (second, right_on, "right_on")):
-        if str(column) not in table.names:
-            raise unknown_column(str(column), table.names, asked_by=word)
-    names = _right_names(first, second, suffix)
-    width = k * 4 if rerank not in (None, False) else k
-    calls = [f"{first.rows} + {second.rows} embeddings"]
-    if rerank not in (None, False):
-        calls.append(f"up to {first.rows * min(width, second.rows)} reranked pairs")
-    if predicate is not None:
-        calls.append(f"up to {first.rows * min(k, second.rows)} questions")
-    if progress is not False:
-        announce(f"nbinfer.join: {', '.join(calls)}, less what is known already")
-    lefts, rights, _, scores = neighbours(
-        first.column(left_on),
-        second.column(right_on),
-        k=width,
-        metric=metric,
-        min_score=min_score,
-        model=model,
-        left_made=first.provenance(),
-        right_made=second.provenance(),
-        names=(str(left_on), str(right_on)),
-        progress=progress,
+    lefts, rights = (
+        side_of(first, left_on, asked_by="left_on"),
+        side_of(second, right_on, asked_by="right_on"),
     )
-    if rerank not in (None, False):
-        lefts, rights, scores = _reranked(
-            first, second, left_on, right_on, lefts, rights, k, model=rerank, progress=progress
-        )
+    names = _right_names(first, second, suffix)
+    ordered = rerank not in (None, False)
+    width = _CANDIDATES * k if ordered else k
+    if progress is not False:
+        calls = [f"{first.rows} + {second.rows} embeddings"]
+        if ordered:
+            calls.append(f"up to {first.rows * min(width, second.rows)} reranked pairs")
+        if predicate is not None:
+            calls.append(f"up to {first.rows * min(k, second.rows)} questions")
+        announce(f"nbinfer.join: {', '.join(calls)}, less what is known already")
+    at, to, _, scores = nearest(lefts, rights, replace(wanted, k=width), embedder)
+    if ordered:
+        pairs = _pairs(lefts, rights, at, to)
+        at, to, scores = _reranked(pairs, at, to, k, model=rerank, progress=progress)
     if predicate is not None:
-        pairs = _pairs(first, second, left_on, right_on, lefts, rights)
+        pairs = _pairs(lefts, rights, at, to)
         decided = keep_rows(
             pairs, predicate, threshold=threshold, mask=True, model=chat_model, progress=progress
         )
         stays = np.flatnonzero(decided.fillna(False).to_numpy(dtype=bool))
-        lefts, rights, scores = lefts[stays], rights[stays], scores[stays]
+        at, to, scores = at[stays], to[stays], scores[stays]
     if how == "left":
-        lone = np.setdiff1d(np.arange(first.rows), lefts)
-        lefts = np.concatenate([lefts, lone])
-        rights = np.concatenate([rights, np.full(len(lone), -1)])
+        lone = np.setdiff1d(np.arange(first.rows), at)
+        at = np.concatenate([at, lone])
+        to = np.concatenate([to, np.full(len(lone), -1)])
         scores = np.concatenate([scores, np.full(len(lone), np.nan, np.float32)])
-        order = np.argsort(lefts, kind="stable")
-        lefts, rights, scores = lefts[order], rights[order], scores[order]
-    return _beside(first, second, names, lefts, rights, scores)
+        order = np.argsort(at, kind="stable")
+        at, to, scores = at[order], to[order], scores[order]
+    return _beside(first, second, names, at, to, scores)
 
 
 def _right_names(left: Table, right: Table, suffix: str) -> dict[str, str]:
@@ -143,31 +147,20 @@ def _right_names(left: Table, right: Table, suffix: str) -> dict[str, str]:
     return names
 
 
-def _pairs(
-    left: Table,
-    right: Table,
-    left_on: Any,
-    right_on: Any,
-    lefts: NDArray[np.int64],
-    rights: NDArray[np.int64],
-) -> Any:
+def _pairs(left: Side, right: Side, at: NDArray[np.int64], to: NDArray[np.int64]) -> Any:
     """Return the texts of the pairs as a frame with the columns ``left`` and ``right``."""
     import pandas as pd
 
-    texts = [t.values([str(on)], 0, t.rows)[0] for t, on in ((left, left_on), (right, right_on))]
-    return pd.DataFrame(
-        {
-            "left": pd.Series([texts[0][i] for i in lefts.tolist()], dtype=object),
-            "right": pd.Series([texts[1][i] for i in rights.tolist()], dtype=object),
-        },
-    )
+    def texts(side: Side, rows: NDArray[np.int64]) -> Any:
+        column = read(side.column)
+        (every,) = column.values(column.names, 0, column.rows)
+        return pd.Series([every[row] for row in rows.tolist()], dtype=object)
+
+    return pd.DataFrame({"left": texts(left, at), "right": texts(right, to)})
 
 
 def _reranked(
-    left: Table,
-    right: Table,
-    left_on: Any,
-    right_on: Any,
+    pairs: Any,
     lefts: NDArray[np.int64],
     rights: NDArray[np.int64],
     k: int,
@@ -175,7 +168,7 @@ def _reranked(
     model: Any,
     progress: Any,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    pairs = _pairs(left, right, left_on, right_on, lefts, rights)
+    """Order the pairs of each left row by a reranking model; the first ``k`` stay."""
     ranked = rank_documents(
         "left",
         pairs,
@@ -189,10 +182,7 @@ def _reranked(
     order = np.lexsort((rights, -scores, lefts))
     order = order[~np.isnan(scores[order])]
     lefts, rights, scores = lefts[order], rights[order], scores[order]
-    # The first k of each left row.
-    starts = np.flatnonzero(np.r_[True, np.diff(lefts) != 0]) if len(lefts) else lefts
-    place = np.arange(len(lefts)) - np.repeat(starts, np.diff(np.r_[starts, len(lefts)]))
-    best = place < k
+    best = places(lefts) < k
     return lefts[best], rights[best], scores[best]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from nbinfer.contract.errors import RequestError
 from nbinfer.contract.modes import Mode
+from nbinfer.frames.neighbours import places
 from nbinfer.frames.prompts import make_prompt
 from nbinfer.frames.rules import Rules
 from nbinfer.frames.tables import read
@@ -131,27 +132,25 @@ def _ranked(
     import pyarrow as pa
 
     table, names = output.table, output.names
-    places = np.arange(table.rows) if columns.rows is None else columns.rows
+    rows = np.arange(table.rows) if columns.rows is None else columns.rows
     errors = columns.outcomes.errors
     per_job = [np.nan if v is None or j in errors else v for j, v in enumerate(columns.outcomes.value)]
     scores = columns.numbers(np.array(per_job, np.float64))
     values = scores.to_numpy(zero_copy_only=False)
-    group = np.zeros(len(places), np.int64)
+    group = np.zeros(len(rows), np.int64)
     if column is not None:
         first: dict[Any, int] = {}
         queries = table.values([column], 0, table.rows)[0]
-        group = np.array([first.setdefault(queries[p], len(first)) for p in places.tolist()], np.int64)
+        group = np.array([first.setdefault(queries[p], len(first)) for p in rows.tolist()], np.int64)
     # Best first within each query; of equal scores the row that comes first; rows without a score last.
-    order = np.lexsort((np.arange(len(places)), np.where(np.isnan(values), np.inf, -values), group))
-    rank = np.zeros(len(places), np.int32)
-    starts = np.flatnonzero(np.r_[True, np.diff(group[order]) != 0]) if len(order) else order
-    within = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
-    rank[order] = within + 1
-    chosen = order if sort else np.arange(len(places))
+    order = np.lexsort((np.arange(len(rows)), np.where(np.isnan(values), np.inf, -values), group))
+    rank = np.zeros(len(rows), np.int32)
+    rank[order] = places(group[order]) + 1
+    chosen = order if sort else np.arange(len(rows))
     if k is not None:
         chosen = chosen[(rank[chosen] <= k) & ~np.isnan(values[chosen])]
     beside = {
-        "row": pa.array(places),
+        "row": pa.array(rows),
         "rank": pa.array(rank, mask=np.isnan(values)),
         "error": columns.error(),
         "n_tokens": columns.prompt_tokens(),
@@ -159,4 +158,4 @@ def _ranked(
     out = {name: scores, **{names[word]: array for word, array in beside.items() if word in names}}
     taken = {word: array.take(pa.array(chosen)) for word, array in out.items()}
     info = {**run.info, "columns": list(out)}
-    return table.with_columns(taken, keep=output.keep, rows=places[chosen], info=info, replace=[name])
+    return table.with_columns(taken, keep=output.keep, rows=rows[chosen], info=info, replace=[name])

@@ -19,7 +19,7 @@ from support.sidecar import until
 import nbinfer as nb
 from nbinfer.contract.errors import ConfigError, EngineClosed, ModelNotFound, NotSupported, RequestError
 from nbinfer.contract.modes import Mode
-from nbinfer.frames import classify, complete, embed, last_run, submit
+from nbinfer.frames import cache, classify, complete, embed, join, last_run, similar, submit
 from nbinfer.frames.cluster import OnCluster
 from nbinfer.frames.journal import close_all
 
@@ -159,6 +159,23 @@ def test_labels_and_vectors_are_computed_there_too(client: Any, fake: Any) -> No
     here = embed(["a", "b c", None], model=vectors, cache=False)
     there = embed(["a", "b c", None], model=vectors, client=client)
     assert np.array_equal(nb.vectors(here["embedding"]), nb.vectors(there["embedding"]), equal_nan=True)
+
+
+def test_a_search_and_a_join_embed_on_the_workers_what_they_would_embed_here(client: Any) -> None:
+    notes = pd.DataFrame({"t": ["apples are red", "the sky is blue", None]}, index=["x", "x", "y"])
+    asked = pd.DataFrame({"t": ["a red fruit", None, "blue sky"]})
+    ends: dict[str, Any] = {"left_on": "t", "right_on": "t", "how": "left", "progress": False}
+    with nb.load("demo-embed", mode="embedding", threads=1) as model:
+        found = similar(asked, notes, on="t", k=2, model=model)
+        joined = join(asked, notes, model=model, **ends)
+        cache.clear()
+        there = similar(asked, notes, on="t", k=2, model=model, client=client)
+        assert set(last_run().frame()["error"].isna()) == {True}
+        cache.clear()
+        joined_there = join(asked, notes, model=model, client=client, **ends)
+        assert cache.info().by_op == {"embed": 4}
+    pd.testing.assert_frame_equal(there, found)
+    pd.testing.assert_frame_equal(joined_there, joined)
 
 
 def test_texts_that_are_too_long_can_be_cut_by_the_workers_count(client: Any, fake: Any) -> None:

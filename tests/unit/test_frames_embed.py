@@ -15,8 +15,7 @@ from support.frames import embedding_model, engine_of
 from nbinfer.contract.errors import BackendUnavailable, EngineError, NotSupported, RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import EmbeddingRequest
-from nbinfer.frames import embed, graph, similar, submit, vectors
-from nbinfer.frames import neighbours as nearest
+from nbinfer.frames import embed, graph, neighbours, searching, similar, submit, vectors
 from nbinfer.frames.graph import graph_top_k
 from nbinfer.frames.neighbours import top_k
 from nbinfer.frames.operators import kind_prefix
@@ -241,8 +240,8 @@ def brute(queries: Any, corpus: Any, k: int) -> list[list[int]]:
 def test_neighbours_are_exact_whatever_the_blocks(
     blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nearest, "_QUERY_BLOCK", blocks[0])
-    monkeypatch.setattr(nearest, "_CORPUS_BLOCK", blocks[1])
+    monkeypatch.setattr(neighbours, "_QUERY_BLOCK", blocks[0])
+    monkeypatch.setattr(neighbours, "_CORPUS_BLOCK", blocks[1])
     rng = np.random.default_rng(0)
     corpus, queries = rng.standard_normal((50, 6)), rng.standard_normal((8, 6))
     out = similar(queries, corpus, k=5)
@@ -400,7 +399,7 @@ def test_large_corpora_are_searched_by_the_graph_unless_told_otherwise(
     assert first(exact=False) == list(range(6))
     assert first(exact=False, by="g") == list(range(6))
     assert len(used) == 4
-    monkeypatch.setattr(nearest, "EXACT_PAIRS", 35)
+    monkeypatch.setattr(searching, "EXACT_PAIRS", 35)
     first()
     assert len(used) == 5
     monkeypatch.setattr(graph, "available", lambda: False)

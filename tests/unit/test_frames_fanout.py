@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from support.fake_engine import HANG, echo
 from support.frames import asked, chat_model, embedding_model, engine_of, last_text
@@ -25,7 +28,7 @@ from nbinfer.contract.errors import (
 from nbinfer.contract.results import Finished, Result
 from nbinfer.engines.remote.wire import Busy, Unreachable
 from nbinfer.engines.stream import Stream
-from nbinfer.frames import classify, complete, embed, last_run, submit
+from nbinfer.frames import classify, complete, embed, join, last_run, similar, submit
 from nbinfer.frames import fanout as fanouts
 from nbinfer.frames.fanout import FanOut, Place, open_endpoints
 from nbinfer.frames.switchboard import Job
@@ -204,6 +207,43 @@ def test_labels_and_vectors_are_spread_too() -> None:
     assert list(out["label"]) == ["lamp", "soup"]
     vectors = embed(ROWS, endpoints=[embedding_model(), embedding_model()])
     assert vectors["embedding"].notna().all()
+
+
+def test_texts_of_a_search_and_of_a_join_are_embedded_at_the_places() -> None:
+    corpus = pd.DataFrame({"t": [*ROWS, None]}, index=[f"i{n % 7}" for n in range(41)])
+    asked_for = pd.DataFrame({"t": ["row 3", None, "row 17"]}, index=["a", "a", "b"])
+    ends: dict[str, Any] = {"left_on": "t", "right_on": "t", "how": "left", "progress": False}
+    here = similar(asked_for, corpus, on="t", k=3, model=embedding_model())
+    joined = join(asked_for, corpus, k=2, model=embedding_model(), **ends)
+    calls: list[tuple[Any, Any]] = [(similar, here), (join, joined)]
+    for call, expected in calls:
+        one, two = (embedding_model(model=call.__name__) for _ in range(2))
+        options: dict[str, Any] = {"on": "t", "k": 3} if call is similar else {"k": 2, **ends}
+        there = call(asked_for, corpus, endpoints=[one, two], **options)
+        pd.testing.assert_frame_equal(there, expected)
+        requests: list[Any] = [*engine_of(one).requests, *engine_of(two).requests]
+        texts = [text for request in requests for text in request.texts]
+        # What is asked for stands in the corpus too: it is known by then.
+        assert sorted(texts) == sorted(ROWS)
+        assert engine_of(one).requests
+        assert engine_of(two).requests
+
+
+def test_vectors_are_compared_without_asking_anybody() -> None:
+    vectors = np.eye(3, dtype=np.float32)
+    found = similar(vectors, vectors, k=1, endpoints=["http://nowhere.invalid/v1"])
+    assert found["match"].tolist() == [0, 1, 2]
+
+
+def test_a_query_for_a_server_of_unknown_weights_is_told_how_to_name_them() -> None:
+    corpus = embed(ROWS, model=embedding_model(), progress=False)
+    unknown = embedding_model()
+    engine_of(unknown)._info = replace(engine_of(unknown).info, digest="")
+    with pytest.raises(RequestError, match='"weights": "sha256:') as caught:
+        similar("row 3", corpus, on="embedding", endpoints=[unknown])
+    assert str(caught.value).count("\n") < 5
+    with pytest.raises(RequestError, match="two places"):
+        similar("row 3", corpus, on="embedding", endpoints=[unknown], client=object())
 
 
 @pytest.mark.parametrize(
