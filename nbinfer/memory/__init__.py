@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from nbinfer.memory.estimate import Advice, CannotEstimate, DeviceEstimate, Estimate, estimate
+from nbinfer.memory.estimate import CannotEstimate, DeviceEstimate, Estimate, estimate
 from nbinfer.memory.images import ImageEstimate, estimate_images
 from nbinfer.memory.live import breakdown
 from nbinfer.memory.machine import Gpu, Machine, Ram, machine
+from nbinfer.memory.shown import Advice
 from nbinfer.memory.vllm import VllmEstimate, estimate_vllm
 
 __all__ = [

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbinfer.contract.errors import NbinferError
-from nbinfer.memory.estimate import VERDICTS, Advice, Estimate
+from nbinfer.memory.shown import VERDICTS, Advice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+    from nbinfer.memory.estimate import Estimate
 
 _STEP = 256
 _LEAST_CONTEXT = 512

@@ -9,22 +9,24 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from nbinfer.contract.errors import ConfigError, NbinferError, NotSupported
 from nbinfer.contract.memory import RequiredMemory
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.units import human_bytes, parse_bytes
+from nbinfer.gguf.types import tensor_type_numbers
 from nbinfer.memory import defaults
 from nbinfer.memory.analytic import layout
 from nbinfer.memory.layout import CPU
 from nbinfer.memory.machine import Gpu, Machine, machine
 from nbinfer.memory.settings import Settings, expert_patterns
 from nbinfer.memory.shape import Shape
+from nbinfer.memory.shown import FORMULA, VERDICTS, Advice, Device, Shown, Verdict
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import pandas as pd
 
@@ -36,33 +38,18 @@ class CannotEstimate(NotSupported):
     """The formulas do not know this kind of model, and llama.cpp was not asked or does not either."""
 
 
-Verdict: TypeAlias = Literal["fits", "tight", "does not fit"]
-VERDICTS: tuple[Verdict, ...] = ("fits", "tight", "does not fit")
-
-FORMULA, LLAMA_CPP, ASSUMED = "formula", "llama.cpp", "assumed"
+LLAMA_CPP, ASSUMED = "llama.cpp", "assumed"
 
 # A CUDA context, its libraries' workspaces and pools: from small to large GPUs as published.
 _GPU_OVERHEAD = (50 << 20, 550 << 20)
 _VOCABULARY_BYTES = 379  # of each token in main memory, measured on vocabularies of 150,000 and 260,000
 _PROCESS_OVERHEAD = (8 << 20, 40 << 20)
 
-_GGML_TYPES = {
-    "f32": 0,
-    "f16": 1,
-    "q4_0": 2,
-    "q4_1": 3,
-    "q5_0": 6,
-    "q5_1": 7,
-    "q8_0": 8,
-    "iq4_nl": 20,
-    "bf16": 30,
-}
-
 COMPONENTS = ("weights", "cache", "state", "compute", "output", "projector", "draft")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceEstimate:
+class DeviceEstimate(Device):
     """Bytes on one device.
 
     Attributes
@@ -85,8 +72,8 @@ class DeviceEstimate:
         Where each part's number comes from: ``llama.cpp``, ``formula`` or ``assumed``.
     """
 
-    name: str
-    kind: Literal["ram", "gpu"]
+    PARTS = COMPONENTS
+
     weights: int = 0
     cache: int = 0
     state: int = 0
@@ -96,20 +83,7 @@ class DeviceEstimate:
     draft: int = 0
     file_backed: int = 0
     at_hand: int = 0
-    overhead: tuple[int, int] = (0, 0)
-    available: int = 0
-    total: int = 0
     sources: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def known(self) -> int:
-        """The parts together, without overhead and file-backed pages."""
-        return sum(getattr(self, part) for part in COMPONENTS)
-
-    @property
-    def required(self) -> int:
-        """The parts and the middle of the overhead."""
-        return self.known + sum(self.overhead) // 2
 
     @property
     def verdict(self) -> Verdict:
@@ -118,17 +92,24 @@ class DeviceEstimate:
             return "does not fit"
         return "fits" if self.known + self.overhead[1] + self.at_hand <= self.available else "tight"
 
+    def rows(self) -> Iterator[tuple[str, int, str]]:
+        """Yield each part with its bytes and where that number comes from; what stays in the file too."""
+        for part in (*COMPONENTS, "file_backed"):
+            yield part, getattr(self, part), self.sources.get(part, FORMULA)
 
-@dataclass(frozen=True, slots=True)
-class Advice:
-    """A change that makes it fit: in words, and as options of ``nb.load`` and ``nb.estimate``."""
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON-able values; sizes in bytes."""
+        return {
+            **Device.to_dict(self),
+            "file_backed": self.file_backed,
+            "at_hand": self.at_hand,
+            "verdict": self.verdict,
+            "sources": dict(self.sources),
+        }
 
-    text: str
-    changes: Mapping[str, Any]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Estimate(Shown[DeviceEstimate]):
     """The memory of a model with given settings. Shows itself as a bar, prints itself as a table."""
 
     model: str
@@ -183,6 +164,13 @@ class Estimate:
             f"{human_bytes(device.available - device.required)} of memory is left to keep them at hand"
         )
 
+    @property
+    def asked(self) -> str:
+        """The settings in words."""
+        source = "asked of llama.cpp" if self.exact else "by formula"
+        at_once = f"{self.settings.parallel} at once"
+        return ", ".join([f"context {self.context_size:,}", at_once, f"KV {self.settings.kv_type}", source])
+
     def advice(self) -> tuple[Advice, ...]:
         """Return the nearest settings that fit, best first; empty when it fits, or when nothing helps.
 
@@ -208,23 +196,6 @@ class Estimate:
                 raise ConfigError(f"nb.estimate has no option {name!r}.{hint}\nOptions: {known}.")
         return _estimate(self.header, self.model, {**self.options, **changes}, self.machine)
 
-    def to_frame(self) -> pd.DataFrame:
-        """One row per device and part: device, part, bytes, source."""
-        import pandas as pd
-
-        rows = [
-            {
-                "device": d.name,
-                "part": part,
-                "bytes": getattr(d, part),
-                "source": d.sources.get(part, FORMULA),
-            }
-            for d in self.devices
-            for part in (*COMPONENTS, "file_backed")
-            if getattr(d, part)
-        ]
-        return pd.DataFrame(rows, columns=["device", "part", "bytes", "source"])
-
     def sweep(self, **options: Sequence[Any]) -> pd.DataFrame:
         """Estimate every combination of some options, by formula; :func:`nbinfer.plot_sweep` draws them.
 
@@ -241,49 +212,12 @@ class Estimate:
             rows.append({**changes, "ram": made.required.ram, "vram": vram, "verdict": made.verdict})
         return pd.DataFrame(rows, columns=[*options, "ram", "vram", "verdict"])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON-able values; sizes in bytes."""
+    def _own_values(self) -> dict[str, Any]:
         return {
-            "model": self.model,
-            "verdict": self.verdict,
-            "reason": self.reason,
-            "exact": self.exact,
             "note": self.note,
             "context_size": self.context_size,
             "trained_context_size": self.trained_context_size,
-            "required": {"ram": self.required.ram, "vram": list(self.required.vram)},
-            "devices": [
-                {
-                    "name": d.name,
-                    "kind": d.kind,
-                    **{part: getattr(d, part) for part in COMPONENTS},
-                    "file_backed": d.file_backed,
-                    "at_hand": d.at_hand,
-                    "overhead": list(d.overhead),
-                    "required": d.required,
-                    "available": d.available,
-                    "total": d.total,
-                    "verdict": d.verdict,
-                    "sources": dict(d.sources),
-                }
-                for d in self.devices
-            ],
-            "advice": [{"text": a.text, "changes": dict(a.changes)} for a in self.advice()],
         }
-
-    def __str__(self) -> str:
-        from nbinfer.memory.show import text
-
-        return text(self)
-
-    def __repr__(self) -> str:
-        return f"<Estimate {self.model}: {self.reason}>"
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        from nbinfer.memory.show import html, text
-
-        del include, exclude
-        return {"text/plain": text(self), "text/html": html(self)}
 
 
 def estimate(
@@ -572,6 +506,7 @@ def _ask(
 
 def _context(settings: Settings, here: Machine) -> dict[str, Any]:
     flash = {None: -1, False: 0, True: 1}[settings.flash_attention]
+    kind = tensor_type_numbers()[settings.kv_type.upper()]
     context: dict[str, Any] = {
         "n_ctx": settings.context_size,
         "n_batch": settings.batch_size,
@@ -580,8 +515,8 @@ def _context(settings: Settings, here: Machine) -> dict[str, Any]:
         "kv_unified": settings.kv_unified,
         "swa_full": settings.swa_full,
         "flash_attn_type": flash,
-        "type_k": _GGML_TYPES[settings.kv_type],
-        "type_v": _GGML_TYPES[settings.kv_type],
+        "type_k": kind,
+        "type_v": kind,
         "embeddings": settings.pooled,
         "op_offload": settings.op_offload and bool(here.gpus),
     }

@@ -13,22 +13,20 @@ Diffusion 3, as ``benchmarks/image_memory.py`` counts it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from nbinfer.contract.errors import ConfigError, NotSupported
 from nbinfer.contract.memory import RequiredMemory
 from nbinfer.contract.requests import parse_size
 from nbinfer.contract.units import human_bytes
 from nbinfer.gguf.pipeline import PipelineHeader
+from nbinfer.memory.shown import VERDICTS, Advice, Device, Shown, Verdict
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
-    import pandas as pd
-
     from nbinfer.gguf.pipeline import Component
-    from nbinfer.memory.estimate import Advice, Verdict
     from nbinfer.memory.machine import Machine
 
 PARTS = ("text_encoders", "denoiser", "vae", "other", "activations")
@@ -49,7 +47,7 @@ _DECODE = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImageDevice:
+class ImageDevice(Device):
     """Bytes on one device.
 
     Attributes
@@ -64,26 +62,13 @@ class ImageDevice:
         What is free now, and what there is.
     """
 
-    name: str
-    kind: Literal["ram", "gpu"]
+    PARTS = PARTS
+
     text_encoders: int = 0
     denoiser: int = 0
     vae: int = 0
     other: int = 0
     activations: int = 0
-    overhead: tuple[int, int] = (0, 0)
-    available: int = 0
-    total: int = 0
-
-    @property
-    def known(self) -> int:
-        """The parts together, without overhead."""
-        return sum(getattr(self, part) for part in PARTS)
-
-    @property
-    def required(self) -> int:
-        """The parts and the middle of the overhead."""
-        return self.known + sum(self.overhead) // 2
 
     @property
     def verdict(self) -> Verdict:
@@ -92,9 +77,13 @@ class ImageDevice:
             return "does not fit"
         return "fits" if self.known + self.overhead[1] <= self.available else "tight"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON-able values; sizes in bytes."""
+        return {**Device.to_dict(self), "verdict": self.verdict}
 
-@dataclass(frozen=True, kw_only=True)
-class ImageEstimate:
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ImageEstimate(Shown[ImageDevice]):
     """The memory of an image pipeline. Shows itself as a bar, prints itself as a table.
 
     Attributes
@@ -142,15 +131,11 @@ class ImageEstimate:
     @property
     def verdict(self) -> Verdict:
         """``fits``, ``tight`` or ``does not fit``: that of the worst device."""
-        from nbinfer.memory.estimate import VERDICTS
-
         return max((device.verdict for device in self.devices), key=VERDICTS.index)
 
     @property
     def reason(self) -> str:
         """The verdict in words."""
-        from nbinfer.memory.estimate import VERDICTS
-
         if self.verdict == "fits":
             return "fits"
         device = max(self.devices, key=lambda d: (VERDICTS.index(d.verdict), d.required - d.available))
@@ -168,8 +153,6 @@ class ImageEstimate:
 
     def advice(self) -> tuple[Advice, ...]:
         """Return the changes that make it fit: one image at once, a smaller size. Empty when it fits."""
-        from nbinfer.memory.estimate import Advice
-
         if self.verdict != "does not fit":
             return ()
         found = []
@@ -190,60 +173,14 @@ class ImageEstimate:
         """Estimate the same pipeline with some options changed."""
         return estimate_images(self.header, **{**self.options, "here": self.machine, **changes})
 
-    def to_frame(self) -> pd.DataFrame:
-        """One row per device and part: device, part, bytes, source."""
-        import pandas as pd
-
-        rows = [
-            {"device": device.name, "part": part, "bytes": getattr(device, part), "source": "formula"}
-            for device in self.devices
-            for part in PARTS
-            if getattr(device, part)
-        ]
-        return pd.DataFrame(rows, columns=["device", "part", "bytes", "source"])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON-able values; sizes in bytes."""
+    def _own_values(self) -> dict[str, Any]:
         return {
-            "model": self.model,
-            "verdict": self.verdict,
-            "reason": self.reason,
-            "exact": self.exact,
             "note": self.note,
             "size": list(self.size),
             "batch": self.batch,
             "dtype": self.dtype,
             "stages": dict(self.stages),
-            "required": {"ram": self.required.ram, "vram": list(self.required.vram)},
-            "devices": [
-                {
-                    "name": device.name,
-                    "kind": device.kind,
-                    **{part: getattr(device, part) for part in PARTS},
-                    "overhead": list(device.overhead),
-                    "required": device.required,
-                    "available": device.available,
-                    "total": device.total,
-                    "verdict": device.verdict,
-                }
-                for device in self.devices
-            ],
-            "advice": [{"text": a.text, "changes": dict(a.changes)} for a in self.advice()],
         }
-
-    def __str__(self) -> str:
-        from nbinfer.memory.show import text
-
-        return text(self)
-
-    def __repr__(self) -> str:
-        return f"<ImageEstimate {self.model}: {self.reason}>"
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        from nbinfer.memory.show import html, text
-
-        del include, exclude
-        return {"text/plain": text(self), "text/html": html(self)}
 
 
 def estimate_images(

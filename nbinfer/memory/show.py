@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 from nbinfer.contract.units import human_bytes
 
 if TYPE_CHECKING:
-    from nbinfer.memory.estimate import DeviceEstimate, Estimate
-    from nbinfer.memory.images import ImageDevice, ImageEstimate
-    from nbinfer.memory.vllm import VllmDevice, VllmEstimate
+    from nbinfer.memory.shown import Device, Shown
 
 LABELS = {
     "weights": "weights",
@@ -48,7 +46,7 @@ COLOURS = {
 _MARKS = {"fits": "✓", "tight": "!", "does not fit": "✗"}
 
 
-def parts(device: DeviceEstimate | ImageDevice | VllmDevice) -> list[tuple[str, str, int]]:
+def parts(device: Device) -> list[tuple[str, str, int]]:
     """(key, label, bytes) of what is on a device, in the order it is drawn; nothing that is empty."""
     rough = {"overhead": sum(device.overhead) // 2, "file_backed": getattr(device, "at_hand", 0)}
     rows = [
@@ -59,9 +57,9 @@ def parts(device: DeviceEstimate | ImageDevice | VllmDevice) -> list[tuple[str, 
     return [row for row in rows if row[2]]
 
 
-def text(estimate: Estimate | ImageEstimate | VllmEstimate) -> str:
+def text(estimate: Shown[Device]) -> str:
     """Lines for a terminal: the verdict, each device's parts, and what to change when it does not fit."""
-    lines = [f"{_MARKS[estimate.verdict]} {estimate.model}: {estimate.reason}", f"  {_asked(estimate)}"]
+    lines = [f"{_MARKS[estimate.verdict]} {estimate.model}: {estimate.reason}", f"  {estimate.asked}"]
     for device in estimate.devices:
         shown = parts(device)
         if not shown:
@@ -75,19 +73,7 @@ def text(estimate: Estimate | ImageEstimate | VllmEstimate) -> str:
     return "\n".join(lines)
 
 
-def _asked(estimate: Estimate | ImageEstimate | VllmEstimate) -> str:
-    from nbinfer.memory.images import ImageEstimate
-    from nbinfer.memory.vllm import VllmEstimate
-
-    if isinstance(estimate, ImageEstimate | VllmEstimate):
-        return estimate.asked
-    settings = estimate.settings
-    source = "asked of llama.cpp" if estimate.exact else "by formula"
-    words = [f"context {estimate.context_size:,}", f"{settings.parallel} at once", f"KV {settings.kv_type}"]
-    return ", ".join([*words, source])
-
-
-def html(estimate: Estimate | ImageEstimate | VllmEstimate) -> str:
+def html(estimate: Shown[Device]) -> str:
     """A stacked bar per device against what is free there; self-contained, legible in both themes."""
     bars = "".join(_bar(device) for device in estimate.devices if parts(device))
     advice = "".join(f"<li>{escape(a.text)}</li>" for a in estimate.advice())
@@ -98,11 +84,11 @@ def html(estimate: Estimate | ImageEstimate | VllmEstimate) -> str:
         f'{_STYLE}<div class="nbinfer-est"><div><b>{escape(estimate.model)}</b> '
         f'<span class="nbinfer-est-{verdict}">{_MARKS[estimate.verdict]} {escape(estimate.reason)}'
         "</span></div>"
-        f'<div class="nbinfer-est-more">{escape(_asked(estimate))}</div>{bars}{tries}{note}</div>'
+        f'<div class="nbinfer-est-more">{escape(estimate.asked)}</div>{bars}{tries}{note}</div>'
     )
 
 
-def _bar(device: DeviceEstimate | ImageDevice | VllmDevice) -> str:
+def _bar(device: Device) -> str:
     shown = parts(device)
     whole = max(device.available, sum(size for _, _, size in shown), 1)
     segments = "".join(

@@ -17,15 +17,13 @@ from nbinfer.contract.memory import RequiredMemory
 from nbinfer.contract.units import human_bytes, parse_bytes
 from nbinfer.memory.defaults import CONTEXT
 from nbinfer.memory.machine import machine
+from nbinfer.memory.shown import Advice, Device, Shown, Verdict
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
-    import pandas as pd
-
     from nbinfer.gguf.safetensors import SafetensorsHeader
-    from nbinfer.memory.estimate import Advice, Verdict
     from nbinfer.memory.machine import Machine
 
 DEFAULT_UTILIZATION = 0.9
@@ -43,25 +41,17 @@ _CPU_CACHE = (64 << 20, 4 << 30)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VllmDevice:
+class VllmDevice(Device):
     """Bytes on one device: weights, KV cache, and least and most of what is known only roughly."""
 
-    name: str
-    kind: Literal["ram", "gpu"]
+    PARTS = ("weights", "cache")
+
     weights: int
     cache: int
-    overhead: tuple[int, int]
-    available: int
-    total: int
-
-    @property
-    def required(self) -> int:
-        """The parts and the middle of the overhead."""
-        return self.weights + self.cache + sum(self.overhead) // 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class VllmEstimate:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class VllmEstimate(Shown[VllmDevice]):
     """One GPU's share of a model under vLLM, or what it takes of main memory; sizes in bytes.
 
     Attributes
@@ -177,8 +167,6 @@ class VllmEstimate:
 
     def advice(self) -> tuple[Advice, ...]:
         """Return the changes that make it fit. Empty when it fits."""
-        from nbinfer.memory.estimate import Advice
-
         found: list[Advice] = []
         if self.verdict != "does not fit":
             return ()
@@ -208,58 +196,13 @@ class VllmEstimate:
         """Estimate the same model with some options changed."""
         return estimate_vllm(self.header, **{**self.options, **changes})
 
-    def to_frame(self) -> pd.DataFrame:
-        """One row per device and part: device, part, bytes, source."""
-        import pandas as pd
-
-        rows = [
-            {"device": device.name, "part": part, "bytes": size, "source": "formula"}
-            for device in self.devices
-            for part, size in (("weights", device.weights), ("cache", device.cache))
-        ]
-        return pd.DataFrame(rows, columns=["device", "part", "bytes", "source"])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON-able values; sizes in bytes."""
+    def _own_values(self) -> dict[str, Any]:
         return {
-            "model": self.model,
-            "verdict": self.verdict,
-            "reason": self.reason,
-            "exact": self.exact,
             "context_size": self.max_model_len,
             "longest_context": self.longest_context,
             "cache_tokens": self.cache_tokens,
             "cache_per_token": self.cache_per_token,
-            "required": {"ram": self.required.ram, "vram": list(self.required.vram)},
-            "devices": [
-                {
-                    "name": device.name,
-                    "kind": device.kind,
-                    "weights": device.weights,
-                    "cache": device.cache,
-                    "overhead": list(device.overhead),
-                    "required": device.required,
-                    "available": device.available,
-                    "total": device.total,
-                }
-                for device in self.devices
-            ],
-            "advice": [{"text": each.text, "changes": dict(each.changes)} for each in self.advice()],
         }
-
-    def __str__(self) -> str:
-        from nbinfer.memory.show import text
-
-        return text(self)
-
-    def __repr__(self) -> str:
-        return f"<VllmEstimate {self.model}: {self.reason}>"
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        from nbinfer.memory.show import html, text
-
-        del include, exclude
-        return {"text/plain": text(self), "text/html": html(self)}
 
 
 def estimate_vllm(
