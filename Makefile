@@ -22,6 +22,13 @@ TORCH_NOT_HERE = $(shell $(TORCH_PYTHON) -c 'import platform, sys; \
 	here = (platform.system(), platform.machine(), *sys.version_info[:2]); \
 	print("" if here == ("Linux", "x86_64", 3, 11) else "this is %s on %s with Python %d.%d" % here)')
 
+# On processors with AMX, GCC must keep stores that llama.cpp needs; see docs/install.md.
+ifneq (,$(shell grep -m1 -o amx_int8 /proc/cpuinfo 2>/dev/null))
+ifneq (,$(findstring Free Software Foundation,$(shell c++ --version 2>/dev/null)))
+export CXXFLAGS ?= -fno-dse -fno-tree-dse
+endif
+endif
+
 .PHONY: quickstart test test-torch setup-torch lint lab docs docs-check tutorials pictures setup clean
 
 quickstart: $(VENV)/.run

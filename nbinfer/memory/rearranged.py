@@ -83,7 +83,12 @@ def rearranging() -> Rearranging:
         return Rearranging(_NEON)
     flags = _processor_flags()
     rows = _AVX512 if "avx512f" in flags else _AVX2 if "avx2" in flags else {}
-    return Rearranging(rows, tiles="amx_int8" in flags and _amx_computes())
+    return Rearranging(rows, tiles=has_amx() and _amx_computes())
+
+
+def has_amx() -> bool:
+    """Whether this machine's processor multiplies tiles of bytes (AMX)."""
+    return "amx_int8" in _processor_flags()
 
 
 def _amx_computes() -> bool:

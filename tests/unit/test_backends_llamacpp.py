@@ -37,6 +37,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delenv("LLAMA_CPP_LIB_PATH", raising=False)
     monkeypatch.setattr(llamacpp, "_gpu", lambda: None)
+    monkeypatch.setattr("nbinfer.memory.rearranged.has_amx", lambda: False)
 
     def install(
         version: str | None = None, libraries: tuple[str, ...] | None = None, *, loads: bool = True
@@ -127,6 +128,17 @@ def test_the_bindings_own_variable_moves_the_library_folder(
         (folder / name).write_bytes(b"x")
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(folder))
     assert str(LlamaCppBackend().status()) == "Running: llama.cpp 0.3.36 (CUDA)"
+
+
+def test_a_build_that_does_not_compute_with_the_processors_amx_is_usable_and_can_be_built_better(
+    site: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site("0.3.36", (LIBRARY,))  # no library at all: trying it fails
+    monkeypatch.setattr("nbinfer.memory.rearranged.has_amx", lambda: True)
+    backend = LlamaCppBackend()
+    assert backend.status().usable
+    assert "AMX" in backend.status().detail
+    assert "-fno-tree-dse" in backend.advice()
 
 
 @pytest.mark.parametrize(

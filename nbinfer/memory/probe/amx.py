@@ -24,11 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _SECONDS = 20.0
-REBUILD = (
-    'CXXFLAGS="-fno-dse -fno-tree-dse" pip install --force-reinstall --no-cache-dir --no-deps '
-    "--no-binary llama-cpp-python llama-cpp-python"
-)
-"""Builds llama.cpp so that AMX works, with any GCC."""
+FLAGS = "-fno-dse -fno-tree-dse"
+"""With these, GCC builds a llama.cpp that computes with AMX."""
 BATCHED = r"\.attn_[kv]_b\.weight"
 """Matrices of several slices that llama.cpp would put in AMX's layout, which has room for one slice only."""
 
@@ -60,9 +57,19 @@ def has_amx(library: ctypes.CDLL) -> bool:
     return b"AMX_INT8 = 1" in info()
 
 
-@cache
 def computes(library: str) -> bool:
-    """Whether the llama library at a path computes with AMX, and rightly: tried in a process of its own."""
+    """Whether the llama library at a path computes with AMX, and rightly."""
+    return _tried(library) == 0
+
+
+def is_broken(library: str) -> bool:
+    """Whether the llama library at a path is built for AMX and does not compute rightly with it."""
+    return _tried(library) not in (0, amx_check.ABSENT)
+
+
+@cache
+def _tried(library: str) -> int:
+    """Return how :mod:`.amx_check` ended for a library, in a process of its own: its exit status."""
     try:
         tried = subprocess.run(  # noqa: S603 - our own interpreter and our own code
             [sys.executable, "-I", "-S", str(Path(amx_check.__file__)), library],
@@ -73,8 +80,8 @@ def computes(library: str) -> bool:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return False
-    return tried.returncode == 0
+        return 1
+    return tried.returncode
 
 
 def plain_layout(library: ctypes.CDLL) -> int:
