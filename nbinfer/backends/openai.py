@@ -203,7 +203,7 @@ def _listed(endpoint: Any) -> dict[str, Any]:
     BackendUnavailable
         The server does not answer.
     """
-    from nbinfer.engines.remote.engine import list_models
+    from nbinfer.engines.remote.questions import list_models
 
     try:
         models = list_models(endpoint, timeout=_LIST_SECONDS)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nbinfer.contract.requests import CompletionRequest, EmbeddingRequest, Request
     from nbinfer.contract.results import EmbeddingResult, Result, Timings
     from nbinfer.engines.protocol import EngineInfo
+    from nbinfer.engines.remote.answers import Job
     from nbinfer.engines.stream import Stream
 
 
@@ -95,24 +96,17 @@ class LlamaServerEngine(RemoteEngine):
                 lost = EngineError(f"{self.info.model}: the server broke the connection ({error!s:.200}).")
             raise lost from None
 
-    def _take(self, job: Any, chunk: dict[str, Any]) -> None:
-        super()._take(job, chunk)
-        # With the last piece: what the server measured.
-        if isinstance(chunk.get("timings"), dict):
-            job.measured = chunk["timings"]
-
-    async def _complete(self, job: Any, request: CompletionRequest) -> Result:
+    async def _complete(self, job: Job, request: CompletionRequest) -> Result:
         result = await super()._complete(job, request)
-        measured = getattr(job, "measured", None)
-        if measured is not None:
-            result = result.with_changes(timings=_timings(result.timings, measured))
+        if job.measured is not None:
+            result = result.with_changes(timings=_timings(result.timings, job.measured))
         if not request.images and not isinstance(request.prompt, str):
             # Pictures have no place in a prompt's text.
             path, body, member = _rendering(request)
             result = result.with_changes(prompt=str((await self._post(path, body))[member]))
         return result
 
-    async def _embed(self, job: Any, request: EmbeddingRequest) -> EmbeddingResult:
+    async def _embed(self, job: Job, request: EmbeddingRequest) -> EmbeddingResult:
         if request.dims is None:
             return await super()._embed(job, request)
         # The server has no such option: cut here, as our engine does, before lengths are made 1.

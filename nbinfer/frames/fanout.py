@@ -473,7 +473,8 @@ def _served(given: Mapping[str, Any], mode: Mode) -> tuple[Model, Any, int]:
     from nbinfer import backends
     from nbinfer.backends.openai import context_of, endpoint_of
     from nbinfer.engines.protocol import EngineInfo
-    from nbinfer.engines.remote.engine import RemoteEngine, list_models
+    from nbinfer.engines.remote.engine import RemoteEngine
+    from nbinfer.engines.remote.questions import list_models
     from nbinfer.session import Model
 
     backends.get("openai").install()
@@ -516,7 +517,7 @@ def _entry(listed: list[dict[str, Any]], name: str | None, label: str) -> dict[s
 
 def _of_our_own(endpoint: Any, entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return what an nbinfer server says of a model; one that is not loaded is loaded by being asked."""
-    from nbinfer.engines.remote.engine import fetch_json
+    from nbinfer.engines.remote.questions import fetch_json
 
     path = f"/v1/models/{entry['id']}"
     if "nbinfer" not in entry:

@@ -17,7 +17,8 @@ from nbinfer.contract.errors import (
     ModelNotFound,
     NbinferError,
 )
-from nbinfer.engines.remote.engine import Endpoint, fetch_json, list_models
+from nbinfer.engines.remote.clients import Endpoint
+from nbinfer.engines.remote.questions import fetch_json, list_models
 from nbinfer.engines.remote.wire import NO_ANSWER, Busy
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import secrets
 import threading
@@ -20,12 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbinfer.contract.errors import (
-    BackendUnavailable,
     EngineClosed,
     EngineError,
     NbinferError,
     NotSupported,
-    SchemaError,
 )
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import (
@@ -36,23 +33,17 @@ from nbinfer.contract.requests import (
     ScoreRequest,
 )
 from nbinfer.contract.results import (
-    Delta,
     EmbeddingResult,
     Finished,
-    GeneratedImage,
     ImageDone,
     ImageResult,
-    PromptProgress,
     RerankResult,
     Result,
     ScoreResult,
-    Timings,
-    TokenLogprob,
-    Usage,
 )
-from nbinfer.engines.asked import result_params
 from nbinfer.engines.protocol import EngineLoad
 from nbinfer.engines.remote import images
+from nbinfer.engines.remote.answers import Job
 from nbinfer.engines.remote.clients import (
     Client,
     ConnectionLostError,
@@ -60,18 +51,15 @@ from nbinfer.engines.remote.clients import (
     OpenAIClient,
     OwnClient,
 )
+from nbinfer.engines.remote.loop import LOOP, inherited
 from nbinfer.engines.remote.wire import (
-    DENIED,
-    NO_ANSWER,
     RunnerLost,
     Unreachable,
     completion_body,
-    details_from_json,
     vectors_from_wire,
 )
 from nbinfer.engines.stream import Stream
 from nbinfer.engines.vectors import nothing, unit_length
-from nbinfer.engines.writing import cut_short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -90,103 +78,6 @@ BATCH_IN_FLIGHT = 32
 """Batch requests sent at once; further ones wait here, and a cell's request need not queue behind them."""
 
 
-# -- the thread that talks ------------------------------------------------------------------------------
-
-
-def ignore_late_wakeups(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Handle what an event loop reports: not a socket that became ready as its reader was cancelled.
-
-    anyio, which the HTTP client stands on, then sets a future that is over; nothing is lost, and nobody
-    should see it in a notebook.
-    """
-    if not isinstance(context.get("exception"), asyncio.InvalidStateError):
-        loop.default_exception_handler(context)
-
-
-_inherited: list[Any] = []
-"""In a forked child, what the parent still uses: to close it would take its sockets out of the epoll that
-both processes share, and the parent would wait for ever."""
-
-
-class _Loop:
-    """An event loop on a thread of its own, started when it is first needed."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pid = 0
-
-    def get(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            # A forked child has the object, but not the thread.
-            if self._loop is None or self._pid != os.getpid():
-                if self._loop is not None:
-                    _inherited.append(self._loop)
-                self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
-                self._loop.set_exception_handler(ignore_late_wakeups)
-                threading.Thread(target=self._loop.run_forever, name="nbinfer-remote", daemon=True).start()
-            return self._loop
-
-
-_loop = _Loop()
-
-
-def list_models(endpoint: Endpoint, *, timeout: float) -> list[dict[str, Any]]:
-    """Return the models that a server lists, as it describes them.
-
-    Raises
-    ------
-    BackendUnavailable
-        It does not answer, not in ``timeout`` seconds, or wants another key.
-    NbinferError
-        What it answers instead.
-    """
-    found = fetch_json(endpoint, "/v1/models", timeout=timeout)
-    data = found.get("data") if isinstance(found, dict) else None
-    return [each for each in data or () if isinstance(each, dict)]
-
-
-def fetch_json(
-    endpoint: Endpoint, path: str, body: Mapping[str, Any] | None = None, *, timeout: float
-) -> Any:
-    """Return what a server answers to a small request: GET, or with a body POST.
-
-    Raises
-    ------
-    BackendUnavailable
-        It does not answer, or not in ``timeout`` seconds: its code is ``NO_ANSWER``. Or it wants another
-        key.
-    NbinferError
-        What it answers instead.
-    """
-
-    async def ask() -> Any:
-        client = OpenAIClient(endpoint)
-        try:
-            async with asyncio.timeout(timeout):
-                return await (client.get(path) if body is None else client.post(path, body))
-        finally:
-            await client.close()
-
-    try:
-        return asyncio.run_coroutine_threadsafe(ask(), _loop.get()).result()
-    except NbinferError as error:
-        if getattr(error, "code", None) != DENIED:
-            error.add_note(f"({endpoint.base_url} answered {path} with this.)")
-            raise
-        raise BackendUnavailable(
-            f"{endpoint.base_url} refuses to answer {path}: {error!s:.200}\n"
-            "Check api_key, or pass check=False."
-        ) from None
-    except (ConnectionLostError, TimeoutError) as error:
-        absent = BackendUnavailable(
-            f"no server answers at {endpoint.base_url} ({str(error) or 'it took too long':.200}).\n"
-            "Start it, or check base_url."
-        )
-        absent.code = NO_ANSWER  # type: ignore[attr-defined]
-        raise absent from None
-
-
 _engines: weakref.WeakSet[RemoteEngine] = weakref.WeakSet()
 
 
@@ -198,9 +89,6 @@ def _forget_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_in_child)
-
-
-# -- the engine -----------------------------------------------------------------------------------------
 
 
 class RemoteEngine:
@@ -258,13 +146,13 @@ class RemoteEngine:
         self._check(request)
         if not self._own and isinstance(request, CompletionRequest):
             request = _with_seed(request)
-        job = _Job(request, time.perf_counter())
+        job = Job(request, time.perf_counter())
         stream = job.stream = Stream(on_cancel=lambda: self._cancel(stream))
         with self._lock:
             if self._closed:
                 raise EngineClosed(f"{self._name} was unloaded; load it again with nb.load.")
             self._waiting += 1
-        loop = _loop.get()
+        loop = LOOP.get()
         loop.call_soon_threadsafe(self._begin, loop, job)
         return stream
 
@@ -326,7 +214,7 @@ class RemoteEngine:
 
         if self._closed:
             raise EngineClosed(f"{self._name} was unloaded; load it again with nb.load.")
-        return asyncio.run_coroutine_threadsafe(run(), _loop.get()).result()
+        return asyncio.run_coroutine_threadsafe(run(), LOOP.get()).result()
 
     def load(self) -> EngineLoad:
         """Return what this process has running there now."""
@@ -359,7 +247,7 @@ class RemoteEngine:
                 self._made = None
 
         if tasks or self._made is not None:
-            future = asyncio.run_coroutine_threadsafe(finish(), _loop.get())
+            future = asyncio.run_coroutine_threadsafe(finish(), LOOP.get())
             if threading.current_thread().name != "nbinfer-remote":
                 with contextlib.suppress(Exception):
                     future.result(5)
@@ -368,7 +256,7 @@ class RemoteEngine:
 
     def _forget(self) -> None:
         """In a forked child, leave to the parent what is the parent's: requests, connections and model."""
-        _inherited.append((self._tasks, self._made, self._batch, self._on_close))
+        inherited.append((self._tasks, self._made, self._batch, self._on_close))
         # Another thread of the parent may have held the lock.
         self._lock = threading.Lock()
         self._tasks, self._waiting = {}, 0
@@ -376,7 +264,7 @@ class RemoteEngine:
 
     # -- the loop's side --------------------------------------------------------------------------------
 
-    def _begin(self, loop: asyncio.AbstractEventLoop, job: _Job) -> None:
+    def _begin(self, loop: asyncio.AbstractEventLoop, job: Job) -> None:
         with self._lock:
             self._waiting -= 1
             if self._closed:
@@ -388,20 +276,28 @@ class RemoteEngine:
             task.cancel()
         task.add_done_callback(lambda _: self._end(job))
 
-    def _end(self, job: _Job) -> None:
+    def _end(self, job: Job) -> None:
         with self._lock:
             self._tasks.pop(job.stream, None)
         # A task that was cancelled before its first step never got to say so.
         if not job.stream.done:
-            self._put_interrupted(job)
+            self._interrupt(job)
+
+    def _interrupt(self, job: Job) -> None:
+        """End a cancelled request with what it has so far."""
+        found = job.interrupted(self.info)
+        if found is None:
+            job.stream.fail(EngineError("the scoring was interrupted."))
+        else:
+            job.stream.put(Finished(found))
 
     def _cancel(self, stream: Stream) -> None:
         with self._lock:
             task = self._tasks.get(stream)
         if task is not None:
-            _loop.get().call_soon_threadsafe(task.cancel)
+            LOOP.get().call_soon_threadsafe(task.cancel)
 
-    async def _run(self, job: _Job) -> None:
+    async def _run(self, job: Job) -> None:
         try:
             if job.request.priority == "batch":
                 if self._batch is None:
@@ -411,7 +307,7 @@ class RemoteEngine:
             else:
                 result = await self._with_retry(lambda: self._serve(job), lambda: not job.began)
         except asyncio.CancelledError:
-            self._put_interrupted(job)
+            self._interrupt(job)
             return
         except NbinferError as error:
             job.stream.fail(error)
@@ -456,7 +352,7 @@ class RemoteEngine:
         given = {key: value for key, value in body.items() if value is not None}
         return await self._client().post(path, given)
 
-    async def _serve(self, job: _Job) -> Any:
+    async def _serve(self, job: Job) -> Any:
         request = job.request
         if isinstance(request, EmbeddingRequest):
             return await self._embed(job, request) if request.texts else nothing(request, self.info, "stop")
@@ -470,7 +366,7 @@ class RemoteEngine:
             return await self._images(job, request)
         return await self._complete(job, request)
 
-    async def _embed(self, job: _Job, request: EmbeddingRequest) -> EmbeddingResult:
+    async def _embed(self, job: Job, request: EmbeddingRequest) -> EmbeddingResult:
         asked: dict[str, Any] = {
             "model": self._endpoint.model,
             "input": list(request.texts),
@@ -495,7 +391,7 @@ class RemoteEngine:
             seconds=float(details.get("seconds", time.perf_counter() - job.submitted)),
         )
 
-    async def _rerank(self, job: _Job, request: RerankRequest) -> RerankResult:
+    async def _rerank(self, job: Job, request: RerankRequest) -> RerankResult:
         body: dict[str, Any] = {
             "model": self._endpoint.model,
             "query": request.query,
@@ -540,7 +436,7 @@ class RemoteEngine:
             seconds=float(found["nbinfer"]["seconds"]),
         )
 
-    async def _images(self, job: _Job, request: ImageRequest) -> ImageResult:
+    async def _images(self, job: Job, request: ImageRequest) -> ImageResult:
         job.restart()
         body = images.image_body(request, self._endpoint.model, own=self._own)
         if not self._own:
@@ -563,7 +459,7 @@ class RemoteEngine:
 
     # -- completions ------------------------------------------------------------------------------------
 
-    async def _complete(self, job: _Job, request: CompletionRequest) -> Result:
+    async def _complete(self, job: Job, request: CompletionRequest) -> Result:
         body = completion_body(request, own=self._own)
         if self._own:
             body |= {"nbinfer": True} | ({"return_progress": True} if request.messages is not None else {})
@@ -575,192 +471,20 @@ class RemoteEngine:
             whole = await self._post(path, {**body, "return_progress": None})
             job.details = whole["nbinfer"]["results"][0]
             job.tokens = job.details["usage"]["completion_tokens"]
-            return self._result(job, request)
+            return job.result(request, model=self._name, own=self._own)
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         async with contextlib.aclosing(self._client().stream(path, body)) as chunks:
             async for chunk in chunks:
-                self._take(job, chunk)
+                job.take(chunk)
         if job.finish is None and job.details is None:
             raise ConnectionLostError("the answer ended in the middle")
-        return self._result(job, request)
-
-    def _take(self, job: _Job, chunk: dict[str, Any]) -> None:
-        if chunk.get("nbinfer"):
-            job.details = chunk["nbinfer"]["results"][0]
-        if chunk.get("usage"):
-            job.usage = chunk["usage"]
-        progress = chunk.get("prompt_progress")
-        if isinstance(progress, dict):
-            done, total = int(progress.get("processed", 0)), int(progress.get("total", 0))
-            job.stream.put(PromptProgress(done, total, int(progress.get("cache", 0))))
-        for choice in (chunk.get("choices") or ())[:1]:
-            if choice.get("finish_reason"):
-                job.finish = choice["finish_reason"]
-            delta = choice.get("delta")
-            if delta:
-                job.add_extras(delta)
-            text = choice.get("text") if delta is None else delta.get("content")
-            if text:
-                job.add(text)
-            if choice.get("logprobs") and job.request_logprobs:
-                job.add_logprobs(choice["logprobs"])
-
-    def _result(self, job: _Job, request: CompletionRequest) -> Result:
-        common: dict[str, Any] = {
-            "model": self._name,
-            "messages": request.messages,
-        }
-        if job.details is not None:
-            fields = details_from_json(job.details)
-            if request.constraint is not None and job.details.get("error"):
-                error = str(job.details["error"])
-                raise SchemaError(error, raw=fields["text"], result=Result(**fields, **common, error=error))
-            return Result(**fields, **common)
-        cut = request.constraint is not None and job.finish == "length"
-        # What is cut is no whole object to take the choice from.
-        text = job.text if self._own or cut else _chosen(job.text, request)
-        usage = job.usage or {}
-        result = Result(
-            text=text,
-            reasoning=job.reasoning.strip("\n") or None,
-            finish_reason="length" if job.finish == "length" else "stop",
-            usage=Usage(
-                prompt_tokens=usage.get("prompt_tokens") or 0,
-                completion_tokens=usage.get("completion_tokens") or job.tokens,
-                cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
-            ),
-            timings=job.timings(usage),
-            logprobs=tuple(job.logprobs) if request.logprobs is not None else None,
-            prompt=request.prompt if isinstance(request.prompt, str) else "",
-            params=result_params(request, seed=request.sampling.seed, adapter=None),
-            tool_calls=tuple(job.calls),
-            **common,
-        )
-        if not cut:
-            return result
-        raise cut_short(result, f"{job.tokens} pieces")
-
-    def _put_interrupted(self, job: _Job) -> None:
-        """End a cancelled request with what it has so far."""
-        request = job.request
-        if isinstance(request, ImageRequest):
-            seconds = time.perf_counter() - job.submitted
-            params = {"n": request.n, "seed": request.seed}
-            made = ImageResult(
-                images=tuple(job.images),
-                prompt=request.prompt,
-                finish_reason="interrupted",
-                params=params,
-                model=self._name,
-                seconds=seconds,
-            )
-            job.stream.put(Finished(made))
-            return
-        if isinstance(request, EmbeddingRequest | RerankRequest):
-            job.stream.put(Finished(nothing(request, self.info, "interrupted")))
-            return
-        if isinstance(request, ScoreRequest):
-            job.stream.fail(EngineError("the scoring was interrupted."))
-            return
-        result = Result(
-            text=job.text,
-            reasoning=job.reasoning or None,
-            finish_reason="interrupted",
-            usage=Usage(completion_tokens=job.tokens),
-            timings=job.timings(None),
-            model=self._name,
-            params=result_params(request, seed=request.sampling.seed, adapter=None),
-            messages=request.messages,
-        )
-        job.stream.put(Finished(result))
+        return job.result(request, model=self._name, own=self._own)
 
 
 def _plain(error: Exception, name: str) -> NbinferError:
     if isinstance(error, NbinferError):
         return error
     return Unreachable(f"{name}: the server does not answer ({error!s:.200}).")
-
-
-class _Job:
-    """One request and its answer so far."""
-
-    def __init__(self, request: Request, submitted: float) -> None:
-        self.request = request
-        self.submitted = submitted
-        self.stream: Stream = Stream()
-        self.began = False
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget what a lost server said; nobody saw any of it."""
-        self.text = self.reasoning = ""
-        self.tokens = 0
-        self.first: float | None = None
-        self.last: float | None = None
-        self.finish: str | None = None
-        self.details: Any = None
-        self.usage: Any = None
-        self.calls: list[dict[str, Any]] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.images: list[GeneratedImage] = []
-
-    @property
-    def request_logprobs(self) -> bool:
-        return isinstance(self.request, CompletionRequest) and self.request.logprobs is not None
-
-    def add(self, text: str, *, reasoning: bool = False) -> None:
-        self.last = time.perf_counter()
-        if self.first is None:
-            self.first = self.last
-        self.began = True
-        self.tokens += 1
-        if reasoning:
-            self.reasoning += text
-        else:
-            self.text += text
-        self.stream.put(Delta(text, reasoning=reasoning))
-
-    def add_extras(self, delta: dict[str, Any]) -> None:
-        """Take what a chat's piece holds beside its text."""
-        # The two names that servers use.
-        thought = delta.get("reasoning_content") or delta.get("reasoning")
-        if thought:
-            self.add(str(thought), reasoning=True)
-        for call in delta.get("tool_calls") or ():
-            self.add_call(call)
-
-    def add_call(self, call: dict[str, Any]) -> None:
-        """Put the pieces of a tool call together."""
-        index = int(call.get("index") or 0)
-        while len(self.calls) <= index:
-            self.calls.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
-        made, function = self.calls[index], call.get("function") or {}
-        made["id"] += call.get("id") or ""
-        for key in ("name", "arguments"):
-            made["function"][key] += function.get(key) or ""
-
-    def add_logprobs(self, found: dict[str, Any]) -> None:
-        """Take log-probabilities, in the shape of chats or in that of text completions."""
-        for each in found.get("content") or ():
-            top = tuple((other["token"], other["logprob"]) for other in each.get("top_logprobs") or ())
-            self.logprobs.append(TokenLogprob(each["token"], each["logprob"], top))
-        others = found.get("top_logprobs") or ()
-        for i, token in enumerate(found.get("tokens") or ()):
-            top = tuple((others[i] or {}).items()) if i < len(others) else ()
-            self.logprobs.append(TokenLogprob(token, found["token_logprobs"][i] or 0.0, top))
-
-    def timings(self, usage: Any) -> Timings:
-        """Return the times as this side saw them."""
-        first = self.first
-        if first is None:
-            return Timings()
-        return Timings(
-            prompt_seconds=first - self.submitted,
-            generation_seconds=(self.last or first) - first,
-            first_token_seconds=first - self.submitted,
-            prompt_tokens=(usage or {}).get("prompt_tokens") or 0,
-            generated_tokens=(usage or {}).get("completion_tokens") or self.tokens,
-        )
 
 
 def _with_seed(request: CompletionRequest) -> CompletionRequest:
@@ -770,21 +494,6 @@ def _with_seed(request: CompletionRequest) -> CompletionRequest:
         return request
     # Some servers read it as a signed number of 32 bits.
     return replace(request, sampling=replace(sampling, seed=secrets.randbelow(2**31)))
-
-
-def _chosen(text: str, request: CompletionRequest) -> str:
-    """Take the choice out of the object that an external server was asked to wrap it in."""
-    if request.constraint is None or request.constraint.kind != "choices":
-        return text
-    try:
-        choice = json.loads(text)["choice"]
-    except (ValueError, KeyError, TypeError):
-        raise SchemaError(
-            "the server did not keep to the choices: it may not support them.", raw=text
-        ) from None
-    if choice not in request.constraint.value:
-        raise SchemaError(f"the server chose {choice!r:.60}, which is not among the choices.", raw=text)
-    return str(choice)
 
 
 def _spread(total: int | None, n: int) -> tuple[int, ...]:
