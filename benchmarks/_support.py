@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ from unittest import mock
 from rich.console import Console
 from rich.table import Table
 
-from nbinfer.engines.llamacpp.library import library, may_rearrange_weights
+from nbinfer.engines.llamacpp.library import library, may_rearrange_weights, uses_amx
 from nbinfer.models.demo import demo_embed_path, demo_path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
@@ -33,15 +34,33 @@ if TYPE_CHECKING:
 
 
 def model_path(name: str) -> Path:
-    """Return the file of ``q4_0``, ``q8_0`` or ``f16`` (0.5B, random weights), ``demo``, or a path."""
+    """Return the file of ``q4_0``, ``q8_0`` or ``f16`` (0.5B, random weights), a demo model's, or a path."""
     if name in TYPES:
         return perf_model(cast("WeightType", name))
-    named = {"demo": demo_path, "demo-embed": demo_embed_path}
+    named = {"demo": demo_path, "demo-embed": demo_embed_path, "demo-embed-q8_0": _demo_embed_q8_0}
     return named[name]() if name in named else Path(name)
 
 
+def _demo_embed_q8_0() -> Path:
+    """Return the embedding model as llama.cpp itself quantises it; made once."""
+    source = demo_embed_path()
+    path = source.with_name(source.name.replace("f16", "q8_0"))
+    if not path.exists():
+        may_rearrange_weights()  # before llama.cpp looks for itself
+        lib = library()
+        params = lib.llama_model_quantize_default_params()
+        params.ftype = lib.LLAMA_FTYPE_MOSTLY_Q8_0
+        half = path.with_suffix(".half")
+        if lib.llama_model_quantize(str(source).encode(), str(half).encode(), ctypes.byref(params)) != 0:
+            raise SystemExit(f"llama.cpp could not quantise {source}.")
+        half.replace(path)
+    return path
+
+
 def add_common_flags(parser: argparse.ArgumentParser, *, model: str) -> None:
-    parser.add_argument("--model", default=model, help="q4_0, q8_0, f16, demo, demo-embed or a GGUF file")
+    parser.add_argument(
+        "--model", default=model, help="q4_0, q8_0, f16, demo, demo-embed, demo-embed-q8_0 or a GGUF file"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the table here")
 
@@ -127,6 +146,8 @@ def about(*peers: str) -> str:
             found.append(f"{name} not installed")
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     layout = "rearranged" if may_rearrange_weights() else "as in the file"
+    if uses_amx():
+        layout = "in AMX's tiles where they have a type for it, else rearranged,"
     return (
         f"{', '.join(found)}; Python {platform.python_version()}; {_processor()}, "
         f"{os.cpu_count()} CPUs{load}; weights {layout} on every side"

@@ -3,9 +3,10 @@
     python benchmarks/embed.py                                           # 200 sentences, seconds
     python benchmarks/embed.py --rows 2000 --rounds 3
     python benchmarks/embed.py --rows 2000 --sentence-transformers-python /tmp/st/bin/python
+    python benchmarks/embed.py --model demo-embed-q8_0                   # what AMX can multiply
 
-The model is all-MiniLM-L6-v2: float16 in a GGUF file for the first two, the weights it was made of for
-sentence-transformers, which needs torch and therefore runs in a Python of its own, given by flag. Both
+The model is all-MiniLM-L6-v2: float16 or q8_0 in a GGUF file for the first two, the weights it was made of
+for sentence-transformers, which needs torch and therefore runs in a Python of its own, given by flag. Both
 llama.cpp sides read the same file with the same weight layout. Costs are CPU seconds of the process that
 works; sides take turns. The cosine is the smallest between a side's vector and nbinfer's.
 """

@@ -120,9 +120,15 @@ def may_rearrange_weights() -> bool:
 
 
 @cache
+def uses_amx() -> bool:
+    """Whether quantised weights in main memory are put in AMX's tiles."""
+    return amx.uses(_shared())
+
+
+@cache
 def untiled_weights() -> dict[str, int]:
     """Return where weights go that must not be rearranged as the others: buffer types by pattern of names."""
-    if library().llama_supports_gpu_offload() or not amx.uses(_shared()):
+    if library().llama_supports_gpu_offload() or not uses_amx():
         return {}
     return {amx.BATCHED: amx.plain_layout(_shared())}
 
