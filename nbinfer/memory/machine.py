@@ -9,13 +9,17 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from dataclasses import dataclass
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from nbinfer.contract.memory import RequiredMemory
 
 _UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number near 2**63
 
@@ -66,7 +70,33 @@ def machine() -> Machine:
     """Look at this machine now; takes about a millisecond after the first call."""
     ram = main_memory()
     found, status = gpus(ram)
-    return Machine(ram=ram, gpus=found, gpu_status=status)
+    here, more = Machine(ram=ram, gpus=found, gpu_status=status), _given_back.get()
+    return here if more is None else _with_free(here, more)
+
+
+_given_back: ContextVar[RequiredMemory | None] = ContextVar("nbinfer_given_back", default=None)
+
+
+@contextmanager
+def counted_as_free(memory: RequiredMemory) -> Iterator[None]:
+    """Within it, :func:`machine` counts these bytes as free: of a model that goes before another comes."""
+    token = _given_back.set(memory)
+    try:
+        yield
+    finally:
+        _given_back.reset(token)
+
+
+def _with_free(here: Machine, memory: RequiredMemory) -> Machine:
+    """Return the machine with more free memory; GPUs that share main memory give back to the one pool."""
+    vram = {gpu.index: more for gpu, more in zip(here.gpus, memory.vram, strict=False)}
+    shared = sum(vram.get(gpu.index, 0) for gpu in here.gpus if gpu.unified)
+    free = min(here.ram.total, here.ram.available + memory.ram + shared)
+    devices = tuple(
+        replace(gpu, free=min(gpu.total, free if gpu.unified else gpu.free + vram.get(gpu.index, 0)))
+        for gpu in here.gpus
+    )
+    return replace(here, ram=replace(here.ram, available=free), gpus=devices)
 
 
 # -- main memory ----------------------------------------------------------------------------------------

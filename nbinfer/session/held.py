@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from nbinfer.contract.settings import configured, configured_aliases
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from nbinfer.contract.requests import Request
@@ -139,24 +139,20 @@ class Session:
             return self._models.get(name)
 
     @contextmanager
-    def loading(self, name: str) -> Iterator[Callable[[Path], str]]:
-        """Hold the one place where a model of this name is loaded: a second caller waits for the first.
-
-        Yields a function that gives the name for a file: this one, or with a number where another file
-        has it already.
-        """
+    def loading(self, name: str) -> Iterator[None]:
+        """Hold the one place where a model of this name is loaded: a second caller waits for the first."""
         with self._lock:
             place = self._loading.setdefault(name, threading.RLock())
-
-        def free(path: Path) -> str:
-            number, chosen = 1, name
-            while (taken := self.named(chosen)) is not None and taken.path != path:
-                number += 1
-                chosen = f"{name}-{number}"
-            return chosen
-
         with place:
-            yield free
+            yield
+
+    def free_name(self, name: str, path: Path) -> str:
+        """Return the name for a file: this one, or with a number where another file has it already."""
+        number, chosen = 1, name
+        while (taken := self.named(chosen)) is not None and taken.path != path:
+            number += 1
+            chosen = f"{name}-{number}"
+        return chosen
 
     def find(self, name: str) -> Model | None:
         """Return a loaded model by name, alias or reference; None when there is none."""

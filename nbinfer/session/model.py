@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nbinfer.contract.keepalive import KeepAlive
+    from nbinfer.contract.memory import RequiredMemory
     from nbinfer.contract.rendering import Bundle
     from nbinfer.contract.requests import CompletionRequest, Request
     from nbinfer.contract.results import EmbeddingResult, ImageResult, Result
@@ -72,6 +73,12 @@ class Model:
         """The estimate: made before the load in the kernel, when first looked at elsewhere; or None."""
         return None if self.estimated is None else self.estimated()
 
+    @property
+    def required(self) -> RequiredMemory | None:
+        """The bytes of ``memory``: of RAM, and of each GPU."""
+        found: RequiredMemory | None = getattr(self.memory, "required", None)
+        return found
+
     def keep(self, stay: KeepAlive | None) -> None:
         """Set how long the model stays while idle; None is until it is unloaded."""
         watched = self.keep_alive is not None and not self.keep_alive.never
@@ -79,9 +86,12 @@ class Model:
         if stay is not None and not stay.never and not watched:
             threading.Thread(target=_unload_when_idle, args=(self,), name="nbinfer-idle", daemon=True).start()
 
-    def is_load_of(self, path: Path, mode: Mode, where: str, options: Mapping[str, Any]) -> bool:
+    def is_load_of(
+        self, path: Path, mode: Mode, backend: str, where: str, options: Mapping[str, Any]
+    ) -> bool:
         """Whether a load with these settings would be this model."""
-        return (self.path, self.mode, self.where, dict(self.config)) == (path, mode, where, dict(options))
+        settings = (path, mode, backend, where, dict(options))
+        return (self.path, self.mode, self.backend, self.where, dict(self.config)) == settings
 
     def measured_memory(self) -> dict[str, dict[str, int]] | None:
         """What the engine itself says it holds: bytes of weights, context and compute by device; or None.

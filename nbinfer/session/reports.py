@@ -92,7 +92,7 @@ def ps() -> pd.DataFrame:
 
     rows = []
     for m in loaded():
-        now = m.engine.load()
+        now, required = m.engine.load(), m.required
         rows.append(
             {
                 "name": m.name,
@@ -106,7 +106,7 @@ def ps() -> pd.DataFrame:
                 "waiting": now.waiting,
                 "tokens": now.tokens_generated,
                 "load_seconds": round(m.load_seconds, 3),
-                "memory_bytes": _estimated_bytes(m.memory),
+                "memory_bytes": None if required is None else required.ram + required.total_vram,
             },
         )
     columns = [
@@ -124,13 +124,6 @@ def ps() -> pd.DataFrame:
         "memory_bytes",
     ]
     return table("ps", rows, columns)
-
-
-def _estimated_bytes(estimate: Any) -> int | None:
-    from nbinfer.contract.memory import RequiredMemory
-
-    required = getattr(estimate, "required", None)
-    return required.ram + required.total_vram if isinstance(required, RequiredMemory) else None
 
 
 _PACKAGES = ("ipython", "ipykernel", "pandas", "pyarrow", "llama-cpp-python", "vllm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 import shutil
 import threading
@@ -14,7 +15,7 @@ from pydantic import BaseModel, Field
 from support.pictures import disc
 
 import nbinfer as nb
-from nbinfer.contract.errors import ConfigError, ModelNotFound, NotSupported
+from nbinfer.contract.errors import ConfigError, DoesNotFit, ModelNotFound, NotSupported
 from nbinfer.models.demo import demo_path
 
 if TYPE_CHECKING:
@@ -180,6 +181,68 @@ def test_a_dry_run_says_what_a_load_would_do_and_does_nothing() -> None:
     assert "Unloaded for it: demo" in str(other)
     assert nb.dry_run("demo", name="two", context_size=512).unloads == ()
     assert nb.loaded() == [model]
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Say how much memory is free."""
+    from nbinfer.memory.machine import Ram
+
+    machine = importlib.import_module("nbinfer.memory.machine")  # the name in the package is the function
+
+    def say(amount: int) -> None:
+        monkeypatch.setattr(machine, "main_memory", lambda: Ram(total=1 << 40, available=amount))
+
+    return say
+
+
+def test_a_reload_that_does_not_fit_is_refused_and_the_old_one_stays(free: Callable[[int], None]) -> None:
+    model = nb.load("demo", threads=1)
+    free(1 << 20)
+    plan = nb.dry_run("demo", threads=1, context_size=10**7)
+    assert (plan.fits, plan.unloads) == (False, ())
+    assert "free once the loaded one is gone" in plan.reason
+    with pytest.raises(DoesNotFit) as caught:
+        nb.load("demo", threads=1, context_size=10**7)
+    assert str(caught.value) == plan.reason
+    assert len(plan.reason.splitlines()) <= 5
+    assert nb.loaded() == [model]
+    assert model.infer("What is 2 plus 3?").text == "2 plus 3 is 5."
+
+
+def test_a_reload_counts_what_the_old_one_gives_back_and_unloads_it_first(
+    free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nbinfer.backends.llamacpp import LlamaCppBackend
+
+    there: list[list[str]] = []
+    opened = LlamaCppBackend.open
+
+    def watched(self: LlamaCppBackend, path: Path, **options: Any) -> Any:
+        there.append([model.name for model in nb.loaded()])
+        return opened(self, path, **options)
+
+    monkeypatch.setattr(LlamaCppBackend, "open", watched)
+    nb.load("demo", threads=1, context_size=4096)
+    other: dict[str, Any] = {"threads": 1, "context_size": 2048}
+    needed = nb.estimate("demo", context_size=2048)
+    free(needed.ram.known)  # without what the process needs
+    assert not nb.dry_run("demo", name="beside", **other).fits
+    plan = nb.dry_run("demo", **other)
+    assert (plan.fits, plan.unloads, plan.required) == (True, ("demo",), needed.required)
+    model = nb.load("demo", **other)
+    assert (nb.loaded(), there[-1]) == ([model], []), "gone before"
+    free(1 << 40)
+    last = nb.load("demo", threads=1, context_size=1024)
+    assert (nb.loaded(), there[-1]) == ([last], ["demo"]), "there until the new one was"
+
+
+def test_a_dry_run_gives_a_file_the_name_that_a_load_would(tmp_path: Path) -> None:
+    shutil.copy(demo_path(), tmp_path / "demo.gguf")
+    nb.load("demo", threads=1, name="demo")
+    plan = nb.dry_run(tmp_path / "demo.gguf", threads=1)
+    assert (plan.name, plan.unloads) == ("demo-2", ())
+    assert nb.load(tmp_path / "demo.gguf", threads=1).name == "demo-2"
 
 
 def test_a_dry_run_of_what_does_not_fit_says_why_and_what_would() -> None:

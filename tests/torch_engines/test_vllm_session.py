@@ -15,7 +15,7 @@ from support.vllm_engine import SETTINGS
 
 import nbinfer as nb
 from nbinfer import session
-from nbinfer.contract.errors import NotSupported
+from nbinfer.contract.errors import DoesNotFit, NotSupported
 from nbinfer.engines.vllm.process import undisturbed
 
 if TYPE_CHECKING:
@@ -108,8 +108,23 @@ def test_loading_again_with_other_settings_replaces_it(models: dict[str, session
     other = nb.load("demo-hf", backend="vllm", where="kernel", context_size=512, name="vllm", **SETTINGS)
     assert other.info.context_size == 512
     assert nb.infer("What is the capital of France?", model="vllm").text == "The capital of France is Paris."
-    with pytest.raises(NotSupported, match="one model per process"):
+    with pytest.raises(NotSupported, match="one model per process") as caught:
         nb.load("demo-hf", backend="vllm", where="kernel", name="second", **SETTINGS)
+    second = nb.dry_run("demo-hf", backend="vllm", where="kernel", name="second", **SETTINGS)
+    assert (second.fits, second.unloads, second.reason) == (False, (), str(caught.value))
+    assert len(second.reason.splitlines()) <= 5
+    again = nb.dry_run("demo-hf", backend="vllm", where="kernel", name="vllm", context_size=256, **SETTINGS)
+    assert (again.fits, again.unloads) == (True, ("vllm",))
+
+
+def test_a_reload_that_does_not_fit_leaves_the_one_that_is_there(models: dict[str, session.Model]) -> None:
+    there = nb.get("vllm")
+    large: dict[str, Any] = {**SETTINGS, "kv_cache_bytes": "100TiB"}
+    with pytest.raises(DoesNotFit, match="once the loaded one is gone"):
+        nb.load("demo-hf", backend="vllm", where="kernel", name="vllm", **large)
+    assert not nb.dry_run("demo-hf", backend="vllm", where="kernel", name="vllm", **large).fits
+    assert nb.get("vllm") is there
+    assert nb.infer("What is 2 plus 3?", model="vllm").text == "2 plus 3 is 5."
 
 
 def test_what_a_cell_does_beside_a_load_stays_and_what_the_load_does_is_undone(

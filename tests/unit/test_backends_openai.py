@@ -208,6 +208,17 @@ def test_a_model_that_the_server_has_not_is_refused_with_those_it_has(their: Ser
     session.load("mine", backend="openai", socket=their.socket, check=False)
 
 
+def test_naming_it_anew_in_vain_leaves_the_one_that_was_there(their: Server) -> None:
+    their.answer = chunks(piece("Hello"), piece(finish="stop"))
+    model = their.load()
+    with pytest.raises(ConfigError, match="no_such_option"):
+        their.load(no_such_option=1)
+    assert session.loaded() == [model]
+    assert model.infer("Hi").text
+    other = their.load()
+    assert session.loaded() == [other]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [

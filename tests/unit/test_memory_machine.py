@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from nbinfer.memory.machine import Ram, gpus, machine, main_memory
+from nbinfer.contract.memory import RequiredMemory
+from nbinfer.memory.machine import Gpu, Ram, counted_as_free, gpus, machine, main_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -342,3 +343,29 @@ def test_this_machine_can_be_looked_at() -> None:
     here = machine()
     assert 0 < here.ram.available <= here.ram.total <= HOST
     assert here.gpus or here.gpu_status
+
+
+@pytest.mark.parametrize(
+    ("given_back", "ram", "gpu"),
+    [
+        (RequiredMemory(3 * GIB), 43, 10),
+        (RequiredMemory(3 * GIB, (2 * GIB,)), 43, 12),
+        (RequiredMemory(90 * GIB, (90 * GIB,)), 64, 24),
+        (RequiredMemory(GIB, (0, 4 * GIB)), 45, 10),
+    ],
+)
+def test_what_a_model_will_give_back_counts_as_free_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, given_back: RequiredMemory, ram: int, gpu: int
+) -> None:
+    cards = (
+        Gpu(index=0, name="a", total=24 * GIB, free=10 * GIB),
+        Gpu(index=1, name="of one pool with the RAM", total=64 * GIB, free=40 * GIB, unified=True),
+    )
+    monkeypatch.setattr(room, "main_memory", lambda: RAM)
+    monkeypatch.setattr(room, "gpus", lambda _: (cards, ""))
+    before = machine()
+    with counted_as_free(given_back):
+        here = machine()
+    assert here.ram.available == ram * GIB
+    assert [each.free for each in here.gpus] == [gpu * GIB, ram * GIB]
+    assert machine() == before
