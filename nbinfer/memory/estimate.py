@@ -92,6 +92,11 @@ class DeviceEstimate(Device):
             return "does not fit"
         return "fits" if self.known + self.overhead[1] + self.at_hand <= self.available else "tight"
 
+    @property
+    def counted(self) -> int:
+        """Of the parts, what llama.cpp says that it holds: not the rows that it hands out, but the file."""
+        return self.known - self.output + self.file_backed
+
     def rows(self) -> Iterator[tuple[str, int, str]]:
         """Yield each part with its bytes and where that number comes from; what stays in the file too."""
         for part in (*COMPONENTS, "file_backed"):

@@ -77,6 +77,11 @@ class ImageDevice(Device):
             return "does not fit"
         return "fits" if self.known + self.overhead[1] <= self.available else "tight"
 
+    @property
+    def counted(self) -> int:
+        """Of the parts, the weights: they are there between two images too."""
+        return self.known - self.activations
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON-able values; sizes in bytes."""
         return {**Device.to_dict(self), "verdict": self.verdict}

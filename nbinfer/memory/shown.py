@@ -58,6 +58,11 @@ class Device:
         """The parts and the middle of the overhead."""
         return self.known + sum(self.overhead) // 2
 
+    @property
+    def counted(self) -> int:
+        """Of the parts, what an engine says of itself that it holds."""
+        return self.known
+
     def rows(self) -> Iterator[tuple[str, int, str]]:
         """Yield each part with its bytes and where that number comes from."""
         for part in self.PARTS:

@@ -100,20 +100,12 @@ def _memory(model: Model) -> str:
         found.append(f"memory {human_bytes(measured)} measured")
     devices = getattr(model.memory, "devices", None)
     if devices is not None:
-        estimated = sum(map(_held, devices))
+        # The process around the engine is not counted by it.
+        estimated = sum(device.counted for device in devices)
         found.append(
             f"{human_bytes(estimated)} estimated" if found else f"memory {human_bytes(estimated)} estimated"
         )
     return ", ".join(found)
-
-
-def _held(device: Any) -> int:
-    """Return what was estimated of that which an engine counts: it does not count the process around it."""
-    if hasattr(device, "activations"):  # of an image pipeline it counts the weights
-        return int(device.known - device.activations)
-    if not hasattr(device, "known"):  # vLLM's own overhead is a range
-        return int(device.weights + device.cache)
-    return int(device.known - device.output + device.file_backed)
 
 
 class _Measured:
