@@ -5,11 +5,9 @@ It is made on first use from the GGUF file that ships, so that the weights are s
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
-from nbinfer.contract.errors import ModelLoadError
-from nbinfer.models.cache import CACHE_VARIABLE, cache_dir
+from nbinfer.models.cache import cache_dir, made_once
 from nbinfer.models.llama_hf import convert_llama
 
 if TYPE_CHECKING:
@@ -39,23 +37,6 @@ def demo_hf_path(source: Path) -> Path:
     ModelLoadError
         The cache folder cannot be written.
     """
-    folder = demo_hf_folder()
-    if folder.is_dir():
-        return folder
-    from filelock import FileLock, Timeout
-
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=_LOCK_SECONDS):
-            # Another process may have made it while this one waited; it is whole once it has its name.
-            if not folder.is_dir():
-                part = folder.with_name(f".{folder.name}.part")
-                shutil.rmtree(part, ignore_errors=True)
-                convert_llama(source, part)
-                part.replace(folder)
-    except (OSError, Timeout) as problem:
-        raise ModelLoadError(
-            f"{NAME} cannot be written to {folder.parent}: {problem}.\n"
-            f"Make room, or set {CACHE_VARIABLE} to another folder."
-        ) from problem
-    return folder
+    return made_once(
+        demo_hf_folder(), lambda part: convert_llama(source, part), name=NAME, timeout=_LOCK_SECONDS
+    )

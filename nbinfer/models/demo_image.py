@@ -7,18 +7,18 @@ classes, the files, the steps, and that the same prompt and seed give the same p
 from __future__ import annotations
 
 import json
-import shutil
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from nbinfer.contract.errors import ModelLoadError, ModelNotFound
-from nbinfer.models.cache import CACHE_VARIABLE, cache_dir
+from nbinfer.contract.errors import ModelNotFound
+from nbinfer.models.cache import cache_dir, made_once
 from nbinfer.models.hushed import hushed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 NAME = "demo-image"
+_INDEX = "model_index.json"
 # Part of the folder's name: raise it when the pipeline changes.
 _RECIPE = 1
 _SEED = 20
@@ -43,30 +43,12 @@ def demo_image_path() -> Path:
         The cache folder cannot be written.
     """
     folder = demo_image_folder()
-    if (folder / "model_index.json").is_file():
-        return folder
-    if find_spec("diffusers") is None:
+    if not (folder / _INDEX).exists() and find_spec("diffusers") is None:
         raise ModelNotFound(
             f"{NAME} is made of diffusers' own classes, and diffusers is not installed.\n"
             "Install it with: pip install 'nbinfer[images]'"
         )
-    from filelock import FileLock, Timeout
-
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=_LOCK_SECONDS):
-            if not (folder / "model_index.json").is_file():
-                part = folder.with_name(f".{folder.name}.part")
-                shutil.rmtree(part, ignore_errors=True)
-                make_pipeline(part)
-                shutil.rmtree(folder, ignore_errors=True)
-                part.replace(folder)
-    except (OSError, Timeout) as problem:
-        raise ModelLoadError(
-            f"{NAME} cannot be written to {folder.parent}: {problem}.\n"
-            f"Make room, or set {CACHE_VARIABLE} to another folder."
-        ) from problem
-    return folder
+    return made_once(folder, make_pipeline, name=NAME, timeout=_LOCK_SECONDS, proof=_INDEX)
 
 
 def make_pipeline(folder: Path, *, seed: int = _SEED) -> None:
