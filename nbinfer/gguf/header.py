@@ -13,7 +13,7 @@ from nbinfer.contract.modes import Mode
 from nbinfer.gguf.types import file_type_label, pooling_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import pandas as pd
 
@@ -78,6 +78,15 @@ class Quantisation:
 
     label: str
     mix: Mapping[str, int]
+
+    @classmethod
+    def of(cls, tensors: Iterable[TensorInfo], label: str | None = None) -> Quantisation:
+        """Return the mix of some tensors; without a label, it is the type with most bytes, or ``none``."""
+        sizes: Counter[str] = Counter()
+        for tensor in tensors:
+            sizes[tensor.type] += tensor.n_bytes
+        mix = dict(sizes.most_common())
+        return cls(next(iter(mix), "none") if label is None else label, mix)
 
     def __str__(self) -> str:
         return self.label
@@ -179,13 +188,8 @@ class Header:
     @cached_property
     def quantisation(self) -> Quantisation:
         """Label and mix of the weights' types."""
-        sizes: Counter[str] = Counter()
-        for tensor in self.tensors:
-            sizes[tensor.type] += tensor.n_bytes
-        mix = dict(sizes.most_common())
         number = self.metadata.get("general.file_type")
-        label = file_type_label(number) if isinstance(number, int) else None
-        return Quantisation(label or next(iter(mix), "none"), mix)
+        return Quantisation.of(self.tensors, file_type_label(number) if isinstance(number, int) else None)
 
     @property
     def weights_bytes(self) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import struct
 import zipfile
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,11 +127,7 @@ class PipelineHeader:
     @cached_property
     def quantisation(self) -> Quantisation:
         """The type with most bytes, and the mix."""
-        sizes: Counter[str] = Counter()
-        for tensor in self.tensors:
-            sizes[tensor.type] += tensor.n_bytes
-        mix = dict(sizes.most_common())
-        return Quantisation(next(iter(mix), "none"), mix)
+        return Quantisation.of(self.tensors)
 
     @property
     def modes(self) -> tuple[Mode, ...]:

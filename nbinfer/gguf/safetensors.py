@@ -111,13 +111,9 @@ class SafetensorsHeader:
     @cached_property
     def quantisation(self) -> Quantisation:
         """The quantisation method of the configuration, else the type with most bytes; and the mix."""
-        sizes: Counter[str] = Counter()
-        for tensor in self.tensors:
-            sizes[tensor.type] += tensor.n_bytes
-        mix = dict(sizes.most_common())
         quantised = self.get("quantization_config")
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        return Quantisation(method if isinstance(method, str) else next(iter(mix), "none"), mix)
+        return Quantisation.of(self.tensors, method if isinstance(method, str) else None)
 
     @property
     def modes(self) -> tuple[Mode, ...]:
