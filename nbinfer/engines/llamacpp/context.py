@@ -11,6 +11,7 @@ import numpy as np
 
 from nbinfer.contract.errors import ConfigError, EngineError, ModelLoadError
 from nbinfer.engines.llamacpp.library import LOG, abort_function, default_threads, library
+from nbinfer.gguf.types import tensor_type_numbers
 from nbinfer.memory import defaults
 from nbinfer.memory.settings import KV_TYPES
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from nbinfer.engines.llamacpp.weights import Weights
 
-_BF16 = 30  # ggml's number; the bindings do not name it
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 
 POOLINGS = ("mean", "cls", "last", "none")
@@ -112,7 +112,7 @@ class Context:
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = {None: -1, False: 0, True: 1}[flash]
         self.flash_attention = flash is not False
-        params.type_k = params.type_v = _ggml_type(lib, settings.kv_type or "f16")
+        params.type_k = params.type_v = tensor_type_numbers()[(settings.kv_type or "f16").upper()]
         params.embeddings = pooled
         if settings.pooling is not None:
             params.pooling_type = getattr(lib, f"LLAMA_POOLING_TYPE_{settings.pooling.upper()}")
@@ -317,10 +317,6 @@ def _floats(address: int, n: int) -> NDArray[np.float32]:
 
 def _bytes(buffer: NDArray[np.uint8]) -> Any:
     return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-
-
-def _ggml_type(lib: Any, name: str) -> int:
-    return _BF16 if name == "bf16" else int(getattr(lib, f"GGML_TYPE_{name.upper()}"))
 
 
 def _context_failure(size: int, errors: list[str]) -> str:
