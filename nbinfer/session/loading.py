@@ -136,6 +136,8 @@ def _carried_out(asked: Asked, decision: Decision, progress: Callable[[float], N
         decision.replaces.unload()
     began = time.perf_counter()
     engine: Engine
+    # Not the decision itself, which holds the model that is replaced.
+    estimated: Callable[[], Any] = partial(_same, decision.estimate)
     if asked.where == "sidecar":
         from nbinfer.contract.config import ModelConfig
         from nbinfer.sidecar.client import open_engine
@@ -149,6 +151,7 @@ def _carried_out(asked: Asked, decision: Decision, progress: Callable[[float], N
             options=asked.options,
             on_progress=progress,
         )
+        estimated = partial(estimate, asked, exact=False)
     else:
         engine = asked.backend.open(
             asked.files.path, mode=asked.mode, name=decision.name, on_progress=progress, **asked.options
@@ -163,13 +166,15 @@ def _carried_out(asked: Asked, decision: Decision, progress: Callable[[float], N
         config=asked.options,
         path=asked.files.path,
         paths=asked.files.paths,
-        estimated=partial(estimate, asked, exact=False)
-        if asked.where == "sidecar"
-        else lambda: decision.estimate,
+        estimated=estimated,
         load_seconds=time.perf_counter() - began,
     )
     session.add(model)
     return model
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _check_place(where: str) -> None:

@@ -10,7 +10,6 @@ from nbinfer.contract.errors import ConfigError, DoesNotFit, NotSupported
 from nbinfer.contract.memory import RequiredMemory
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.units import human_bytes
-from nbinfer.memory.machine import counted_as_free
 from nbinfer.session.held import session
 
 if TYPE_CHECKING:
@@ -154,6 +153,8 @@ def decide(asked: Asked) -> Decision:
     NbinferError
         A setting is refused.
     """
+    from nbinfer.memory.machine import counted_as_free
+
     files, name = asked.files, asked.name or session.free_name(asked.files.name, asked.files.path)
     known = session.named(name)
     if known is not None and known.is_load_of(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import pickle
 import shutil
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pytest
@@ -235,6 +237,30 @@ def test_a_reload_counts_what_the_old_one_gives_back_and_unloads_it_first(
     free(1 << 40)
     last = nb.load("demo", threads=1, context_size=1024)
     assert (nb.loaded(), there[-1]) == ([last], ["demo"]), "there until the new one was"
+
+
+def test_a_model_that_was_replaced_is_let_go() -> None:
+    gone = weakref.ref(nb.load("demo", threads=1))
+    model = nb.load("demo", threads=1, context_size=512)
+    assert model.memory is not None
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_same_file_under_another_backend_is_another_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nbinfer.backends import registry
+    from nbinfer.backends.llamacpp import LlamaCppBackend
+
+    class Other(LlamaCppBackend):
+        name = "other"
+
+    known = registry.backends() | {"other": Other()}
+    monkeypatch.setattr(registry, "_found", lambda: known)
+    first = nb.load("demo", threads=1)
+    assert nb.load("demo", threads=1, backend="llamacpp") is first
+    second = nb.load("demo", threads=1, backend="other")
+    assert (nb.loaded(), second.backend) == ([second], "other")
+    assert not nb.dry_run("demo", threads=1).loaded
 
 
 def test_a_dry_run_gives_a_file_the_name_that_a_load_would(tmp_path: Path) -> None:
