@@ -8,6 +8,7 @@ import pytest
 
 from nbinfer.contract.requests import CompletionRequest, Sampling
 from nbinfer.contract.results import TokenLogprob, Usage
+from nbinfer.engines.asked import result_params
 from nbinfer.engines.stream import Stream
 from nbinfer.engines.text import TextAssembler
 from nbinfer.engines.writing import Writing, cut_short, result_of
@@ -106,3 +107,8 @@ def test_the_error_of_a_cut_answer_carries_the_answer() -> None:
     assert str(error) == "the answer was cut after 3 tokens, before it was whole: raise max_tokens."
     assert error.raw == '{"a": '
     assert error.result == result.with_changes(error=str(error))
+
+
+def test_a_seed_that_nobody_knows_is_none() -> None:
+    asked = CompletionRequest(prompt="Hi", sampling=Sampling(temperature=0.0), stop=("x",))
+    assert result_params(asked, seed=None, adapter=None) == {"temperature": 0.0, "seed": None, "stop": ["x"]}
