@@ -19,9 +19,8 @@ from nbinfer.frames.outcomes import Record
 from nbinfer.frames.output import sample_column, side_columns
 from nbinfer.frames.pictures import open_pictures
 from nbinfer.frames.progress import JupyterSink, make_sink
-from nbinfer.frames.prompts import make_prompt
 from nbinfer.frames.rules import Rules
-from nbinfer.frames.tables import read
+from nbinfer.frames.tables import column_label, read
 from nbinfer.frames.work import identity
 
 if TYPE_CHECKING:
@@ -185,7 +184,7 @@ def generate_images(
         raise RequestError(f"n={n!r}: it is the number of images per row, at least 1.")
     side = (*(("sample",) if n > 1 else ()), *SIDE)
     output = rules.output(table, [name], side, name=name, per_row=n)
-    asked = make_prompt(prompt, on, table.names, only=table.only, call="generate_images")
+    asked = table.prompt(prompt, on, call="generate_images")
     loaded = rules.model_for(Mode.IMAGE_GENERATION)
     live = isinstance(make_sink(progress), JupyterSink)
     base = ImageRequest(
@@ -237,11 +236,11 @@ def _with_pictures(frame: Any, name: str) -> Any:
 
     from nbinfer.tables import ImageFrame
 
-    images = [None if png is None or png is pd.NA else open_image(png) for png in frame[name].tolist()]
-    column = pd.Series(images, index=frame.index, dtype=object)
-    place = frame.columns.get_loc(name)
-    out = frame.drop(columns=name)
-    out.insert(place, name, column.array)
+    label = column_label(frame, name)
+    images = [None if png is None or png is pd.NA else open_image(png) for png in frame[label].tolist()]
+    place = frame.columns.get_loc(label)
+    out = frame.drop(columns=[label])
+    out.insert(place, label, pd.Series(images, index=frame.index, dtype=object).array)
     shown = ImageFrame(out)
     shown.attrs = frame.attrs
     return shown

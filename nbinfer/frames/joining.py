@@ -15,7 +15,7 @@ from nbinfer.frames.progress import announce
 from nbinfer.frames.ranking import rerank as rank_documents
 from nbinfer.frames.rules import Rules
 from nbinfer.frames.searching import Embedder, Side, Wanted, nearest, side_of
-from nbinfer.frames.tables import Table, read
+from nbinfer.frames.tables import Table, column_label, read
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -199,8 +199,8 @@ def _beside(
         out = left.native.take(lefts)
         other = right.native.reset_index(drop=True).reindex(np.where(missing, right.rows, rights))
         for column, name in zip(right.native.columns, names.values(), strict=True):
-            out[name] = other[column].array
-        out["score"] = scores
+            out[column_label(out, name)] = other[column].array
+        out[column_label(out, "score")] = scores
         return out
     if left.family == "polars":
         import polars as pl

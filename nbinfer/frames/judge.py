@@ -19,7 +19,6 @@ from nbinfer.contract.requests import ScoreRequest
 from nbinfer.frames.operators import completion_work
 from nbinfer.frames.outcomes import Record
 from nbinfer.frames.plan import choice, once
-from nbinfer.frames.prompts import make_prompt
 from nbinfer.frames.rules import Rules
 from nbinfer.frames.tables import read
 
@@ -233,7 +232,7 @@ def classify(
     values = [name, *([f"p_{label}" for label in texts] if probs else ())]
     output = rules.output(table, values, ("confidence", "error"), name=name)
     default = _classify_prompt(texts, multi=multi)
-    asked = make_prompt(prompt, on, table.names, only=table.only, default=default, call="classify")
+    asked = table.prompt(prompt, on, default=default, call="classify")
     call = _Call(rules, table, asked, output, texts, name, options, probs=probs)
     loaded = rules.model_for(Mode.COMPLETION)
     if multi:
@@ -475,7 +474,7 @@ def filter(  # noqa: A001 - the operator's common name; the built-in is not used
     table = read(data)
     check_share("threshold", threshold)
     output = rules.output(table, [name], ("error",), name=name, can_drop=False)
-    asked = make_prompt(prompt, on, table.names, only=table.only, call="filter")
+    asked = table.prompt(prompt, on, call="filter")
     loaded = rules.model_for(Mode.COMPLETION)
     work = ScoreWork("filter", completion_work("filter", options, seed=0), (*YES, *NO))
 

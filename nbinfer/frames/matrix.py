@@ -1,4 +1,4 @@
-"""Columns of vectors: to a matrix without a copy, and nearest neighbours."""
+"""Columns of vectors: to a matrix, where it can be without a copy."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ def vectors(column: Any) -> NDArray[np.float32]:
     """
     if isinstance(column, np.ndarray) and column.ndim == 2:  # noqa: PLR2004 - a matrix
         return np.asarray(column, dtype=np.float32)
+    if hasattr(column, "columns"):
+        raise RequestError("vectors() takes a column, not a frame: vectors(frame['embedding']).")
     arrow = _arrow(column)
     if arrow is None:
         return _stack(column)
@@ -75,7 +77,7 @@ def _matrix(array: Any) -> NDArray[np.float32]:
 
 def _stack(column: Any) -> NDArray[np.float32]:
     items = column.to_pylist() if hasattr(column, "to_pylist") else list(column)
-    rows = [None if _missing(item) else np.asarray(item, dtype=np.float32) for item in items]
+    rows = [None if _missing(item) else _vector(item) for item in items]
     sizes = {row.shape for row in rows if row is not None}
     if len(sizes) != 1 or len(next(iter(sizes))) != 1:
         what = "holds no vector" if not sizes else f"holds vectors of several shapes: {sorted(sizes)[:3]}"
@@ -85,6 +87,15 @@ def _stack(column: Any) -> NDArray[np.float32]:
         if row is not None:
             out[i] = row
     return out
+
+
+def _vector(item: Any) -> NDArray[np.float32]:
+    try:
+        return np.asarray(item, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise RequestError(
+            f"the column holds {type(item).__name__}; vectors() takes the embedding column of embed()."
+        ) from None
 
 
 def _missing(item: Any) -> bool:

@@ -14,7 +14,7 @@ from nbinfer.contract.modes import Mode
 from nbinfer.contract.units import plain_number
 from nbinfer.frames.output import SIDE, logprob_columns, sample_column, side_columns
 from nbinfer.frames.plan import choice
-from nbinfer.frames.prompts import Template, WithImages, make_prompt, unknown_column
+from nbinfer.frames.prompts import Template, WithImages, unknown_column
 from nbinfer.frames.rules import IN_BACKGROUND, Rules
 from nbinfer.frames.tables import Table, read
 from nbinfer.frames.work import CompletionWork, EmbeddingWork
@@ -136,7 +136,7 @@ def complete(
     side = (*(("sample",) if n > 1 else ()), *SIDE, *(("mean_logprob", "logprobs") if logprobs else ()))
     output = rules.output(table, [name], side, name=name, per_row=n)
     own = isinstance(images, str)
-    asked = make_prompt(prompt, on, table.names, only=table.only, call="complete", fixed=own)
+    asked = table.prompt(prompt, on, call="complete", fixed=own)
     advice = asked.advice if isinstance(asked, Template) and table.rows >= _ADVISE_ROWS else None
     if own:
         asked = _with_images(asked, images, table, too_long, options)
@@ -151,6 +151,7 @@ def complete(
             **options,
         },
     )
+    check_options(complete, options)
     loaded = rules.model_for(Mode.COMPLETION)
     work = completion_work("complete", params, seed=seed)
 
@@ -200,6 +201,35 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(choices, Iterable) and not isinstance(choices, str | bytes):
         out["choices"] = list(choices)
     return out
+
+
+def check_options(operator: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse options that neither the operator nor ``infer`` has.
+
+    Raises
+    ------
+    RequestError
+        There is one; the message names what may have been meant, of both.
+    """
+    import difflib
+    import inspect
+
+    from nbinfer.session.asking import OPTIONS
+
+    unknown = next((name for name in options if name not in OPTIONS), None)
+    if unknown is None:
+        return
+    call = operator.__name__
+    arguments = inspect.signature(operator).parameters.values()
+    own = [each.name for each in arguments if each.kind is each.KEYWORD_ONLY]
+    near = difflib.get_close_matches(unknown, [*own, *OPTIONS], n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    if unknown == "inplace":
+        hint = f" Nothing is changed in place: frame = nb.{call}(frame, …)."
+    others = ", ".join(sorted({*OPTIONS} - {*own}))
+    raise RequestError(
+        f"{call}: unknown option {unknown!r}.{hint}\nIts own: {', '.join(own)}.\nOf the model: {others}."
+    )
 
 
 def completion_work(
@@ -301,7 +331,7 @@ def embed(
     choice("kind", kind, (None, "query", "document"))
     dims = plain_number(dims)
     output = rules.output(table, [name], ("n_tokens", "error"), name=name)
-    asked = make_prompt(prompt, on, table.names, only=table.only, call="embed")
+    asked = table.prompt(prompt, on, call="embed")
     loaded = rules.model_for(Mode.EMBEDDING)
     size = loaded.info.dimensions
     if dims is not None and (dims < 1 or (size is not None and dims > size)):

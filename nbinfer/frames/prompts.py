@@ -98,19 +98,29 @@ def _refuse_unlike_text(value: Any, where: str) -> None:
         )
 
 
-def _list_columns(columns: Sequence[str]) -> str:
+def list_columns(columns: Sequence[str]) -> str:
+    """Return the columns' names for a message, the first twenty of very many."""
     shown = ", ".join(repr(c) for c in columns[:_SHOWN])
     return shown + (f", … ({len(columns)} in all)" if len(columns) > _SHOWN else "") if columns else "none"
 
 
-def unknown_column(name: str, columns: Sequence[str], *, asked_by: str) -> RequestError:
+class UnknownColumn(RequestError):  # noqa: N818 - what happened
+    """A column that is not there; ``name`` is what was asked for."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
+def unknown_column(name: str, columns: Sequence[str], *, asked_by: str) -> UnknownColumn:
     """Return the error for a column that is not there, with those that are."""
     import difflib
 
-    near = difflib.get_close_matches(name, columns, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return RequestError(
-        f"{asked_by} names {name!r}, which is no column.{hint}\nColumns: {_list_columns(columns)}."
+    alike = {column.casefold(): column for column in columns}
+    near = difflib.get_close_matches(name.casefold(), alike, n=1)
+    hint = f" Did you mean {alike[near[0]]!r}?" if near else ""
+    return UnknownColumn(
+        f"{asked_by} names {name!r}, which is no column.{hint}\nColumns: {list_columns(columns)}.", name
     )
 
 
@@ -150,7 +160,9 @@ class Template:
                 unknown = unknown_column(field, columns, asked_by="the template")
                 if field.isidentifier():
                     raise unknown
-                raise RequestError(f"{unknown}\nA brace that is meant literally is doubled: {{{{ or }}}}.")
+                raise UnknownColumn(
+                    f"{unknown}\nA brace that is meant literally is doubled: {{{{ or }}}}.", field
+                )
             if "{" in (spec or ""):
                 raise RequestError(
                     f"the template's field {field!r} has a field in its format; that is not supported."
@@ -161,7 +173,7 @@ class Template:
         if not names and not fixed:
             raise RequestError(
                 "the template has no field, so every row would ask the same.\n"
-                f"Name a column in braces, or use on='column'. Columns: {_list_columns(columns)}.",
+                f"Name a column in braces, or use on='column'. Columns: {list_columns(columns)}.",
             )
         self.columns = tuple(names)
 
@@ -265,7 +277,7 @@ class Jinja:
         if not self._names:
             raise RequestError(
                 "the Jinja template has no variable, so every row would ask the same.\n"
-                f"Columns: {_list_columns(columns)}.",
+                f"Columns: {list_columns(columns)}.",
             )
         bound = Jinja(self.source)
         fields = sorted(self._names)
@@ -442,7 +454,7 @@ def make_prompt(
         example = columns[0] if columns else "column"
         raise RequestError(
             f"{call}: which column? Give a template such as 'Summarise: {{{example}}}', or on={example!r}.\n"
-            f"Columns: {_list_columns(columns)}.",
+            f"Columns: {list_columns(columns)}.",
         )
     name = columns[0] if only and on is None else on
     name = name if isinstance(name, str) else str(name)

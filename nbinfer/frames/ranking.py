@@ -9,7 +9,7 @@ import numpy as np
 from nbinfer.contract.errors import RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.frames.neighbours import places
-from nbinfer.frames.prompts import make_prompt
+from nbinfer.frames.prompts import list_columns
 from nbinfer.frames.rules import Rules
 from nbinfer.frames.tables import read
 from nbinfer.frames.work import RerankWork
@@ -107,7 +107,12 @@ def rerank(
         raise RequestError(f"k={k!r}: it is the number of documents to keep, at least 1.")
     beside = (*(("row",) if table.only and table.family != "pandas" else ()), *SIDE)
     output = rules.output(table, [name], beside, name=name)
-    documents = make_prompt(None, on, table.names, only=table.only, call="rerank")
+    if on is None and not table.only:
+        raise RequestError(
+            "rerank: which column holds the documents? Pass on='column'.\n"
+            f"Columns: {list_columns(table.names)}."
+        )
+    documents = table.prompt(None, on, call="rerank")
     column = query if not table.only and query in table.names else None
     pair = _Pair(documents, None if column is not None else query, column)
     loaded = rules.model_for(Mode.RERANKING)

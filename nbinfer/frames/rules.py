@@ -88,7 +88,7 @@ class Rules:
         values: Sequence[str],
         beside: Sequence[str],
         *,
-        name: str,
+        name: Any,
         per_row: int = 1,
         can_drop: bool = True,
     ) -> Output:
@@ -106,8 +106,10 @@ class Rules:
         Raises
         ------
         RequestError
-            A name is taken.
+            A name is taken, or is no text.
         """
+        if not isinstance(name, str) or not name:
+            raise RequestError(f"name={name!r}: it is what the new column is called, a text.")
         beside = beside if self.too_long == "error" else (*beside, "truncated")
         names = table.free_names(values, beside, prefix=name, keep=self.keep, can_drop=can_drop)
         return Output(table, names, self.keep, per_row)

@@ -12,10 +12,10 @@ import numpy as np
 from nbinfer.contract.errors import RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.frames.matrix import vectors
-from nbinfer.frames.neighbours import top_k
+from nbinfer.frames.neighbours import best_first, top_k
 from nbinfer.frames.operators import embed
 from nbinfer.frames.plan import choice
-from nbinfer.frames.prompts import unknown_column
+from nbinfer.frames.prompts import list_columns, unknown_column
 from nbinfer.frames.rules import Rules
 from nbinfer.frames.tables import Table, read
 from nbinfer.frames.work import weights
@@ -177,7 +177,9 @@ def _side(data: Any, on: Any, what: Literal["query", "corpus"]) -> Side:
     if table.only:
         return Side(table, table.native, _made_by(table.provenance(), None))
     if on is None:
-        raise RequestError(f"similar: which column of the {what}? Pass on='column'.")
+        raise RequestError(
+            f"similar: which column of the {what}? Pass on='column'.\nColumns: {list_columns(table.names)}."
+        )
     return side_of(table, on, asked_by=f"on (the {what})")
 
 
@@ -218,6 +220,8 @@ def nearest(left: Side, right: Side, wanted: Wanted, embedder: Embedder) -> Foun
         The vectors have different lengths or come from different weights.
     """
     queries, corpus = _comparable(left, right, embedder)
+    if not queries.size or not corpus.size:
+        return best_first([], [], [], min_score=None)
     search = wanted.search(len(queries), len(corpus))
     if wanted.by is None:
         return search(queries, corpus, wanted.k, metric=wanted.metric, min_score=wanted.min_score)
@@ -239,7 +243,12 @@ def _vectors(
 ) -> tuple[NDArray[np.float32], dict[str, Any] | None]:
     """Return a side's vectors, embedding its texts as the other side (``made``) was, and what made them."""
     column = side.column
-    if isinstance(column, np.ndarray) or not _is_text(read(column)):
+    if isinstance(column, np.ndarray):
+        return vectors(column), side.made
+    first = _first_value(read(column))
+    if first is None:
+        return np.zeros((side.table.rows, 0), np.float32), side.made
+    if not isinstance(first, str):
         return vectors(column), side.made
     maker = embedder.model
     _may_compare(made, maker)
@@ -272,12 +281,13 @@ def _may_compare(made: dict[str, Any] | None, maker: FrameModel) -> None:
     )
 
 
-def _is_text(column: Table) -> bool:
+def _first_value(column: Table) -> Any:
+    """Return the first value that is there, which says what a column holds; None where there is none."""
     for start in range(0, column.rows, 64):
         for value in column.values(column.names, start, start + 64)[0]:
             if value is not None:
-                return isinstance(value, str)
-    return False
+                return value
+    return None
 
 
 def _same_space(
@@ -286,7 +296,7 @@ def _same_space(
     left_made: dict[str, Any] | None,
     right_made: dict[str, Any] | None,
 ) -> None:
-    if len(left) and len(right) and left.shape[1] != right.shape[1]:
+    if left.size and right.size and left.shape[1] != right.shape[1]:
         raise RequestError(
             f"the query's vectors have {left.shape[1]} components and the corpus' {right.shape[1]}: "
             "they come from different models or dims.",

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from nbinfer.contract.errors import RequestError
-from nbinfer.frames.prompts import TEXT, unknown_column
+from nbinfer.frames.prompts import TEXT, UnknownColumn, make_prompt, unknown_column
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from nbinfer.frames.prompts import Prompt
 
 META_KEY = "nbinfer"
 """The key of the provenance in ``DataFrame.attrs`` and in Arrow's schema metadata."""
@@ -57,13 +59,42 @@ class Table:
             return self.native
         if self.family == "pandas":
             found = [c for c in self.native.columns if c == name] if not isinstance(name, str) else []
-            found = found or [c for c in self.native.columns if str(c) == str(name)]
+            found = found or [c for c in self.native.columns if _column_name(c) == str(name)]
             if not found:
                 raise unknown_column(str(name), self.names, asked_by="the call")
             return self.native[found[0]]
         if name not in self.names:
             raise unknown_column(str(name), self.names, asked_by="the call")
         return self.native[name]
+
+    def prompt(
+        self, prompt: Any, on: Any, *, call: str, default: str | None = None, fixed: bool = False
+    ) -> Prompt:
+        """Return the prompt that a call's ``prompt`` and ``on`` ask for, over these columns.
+
+        Parameters
+        ----------
+        call
+            The operator's name, for errors.
+        default, fixed
+            As for :func:`~nbinfer.frames.prompts.make_prompt`.
+
+        Raises
+        ------
+        RequestError
+            Neither or both given, or a column is unknown.
+        """
+        try:
+            return make_prompt(
+                prompt, on, self.names, only=self.only, default=default, call=call, fixed=fixed
+            )
+        except UnknownColumn as error:
+            if self.family == "pandas" and self.kind == "frame" and error.name in self.native.index.names:
+                raise RequestError(
+                    f"{call}: {error.name!r} is the frame's index, which is no column: "
+                    "pass frame.reset_index()."
+                ) from None
+            raise
 
     def values(self, names: Sequence[str], start: int, stop: int) -> list[list[Any]]:
         """Return the columns' values of some rows as Python objects, missing ones (NaN included) as None."""
@@ -282,8 +313,9 @@ def read(data: Any) -> Table:
         The data is something else, lazy, or has columns of one name.
     """
     if isinstance(data, str | bytes | Mapping):
+        rather = "pandas.DataFrame(data)" if isinstance(data, Mapping) else "infer(), for one prompt"
         raise RequestError(
-            f"data is one {type(data).__name__}; it is a list, Series or DataFrame. For one prompt: infer()."
+            f"data is one {type(data).__name__}; it is a list, Series or DataFrame. Try {rather}."
         )
     if isinstance(data, list | tuple):
         import pandas as pd
@@ -321,20 +353,42 @@ def _series_name(name: Any) -> tuple[str, ...]:
 def _read_pandas(data: Any) -> Table:
     import pandas as pd
 
+    # A run may outlive the cell: what is done to the caller's own frame meanwhile must not reach its rows.
     if isinstance(data, pd.DataFrame):
-        return Table(data, "pandas", "frame", _unique([str(c) for c in data.columns]), len(data))
-    if isinstance(data, pd.Index):
-        data = data.to_series().reset_index(drop=True)
-    if not isinstance(data, pd.Series):
+        names = _unique([_column_name(c) for c in data.columns])
+        return Table(data.copy(deep=False), "pandas", "frame", names, len(data))
+    if isinstance(data, pd.Index | pd.api.extensions.ExtensionArray):
         data = pd.Series(data)
-    return Table(data, "pandas", "series", _series_name(data.name), len(data))
+    if not isinstance(data, pd.Series):
+        raise RequestError(
+            f"data is a pandas {type(data).__name__}; it is a DataFrame, a Series, an index or an array."
+        )
+    return Table(data.copy(deep=False), "pandas", "series", _series_name(data.name), len(data))
+
+
+def column_label(frame: Any, name: str) -> Any:
+    """Return the label of a new column in a pandas frame: where columns have levels, the first one's."""
+    levels = frame.columns.nlevels
+    return name if levels == 1 else (name, *[""] * (levels - 1))
+
+
+def _column_name(label: Any) -> str:
+    """Return what a pandas column is called; where columns have levels, empty ones are no part of it."""
+    if isinstance(label, tuple):
+        said = [part for part in label if part != ""]
+        label = said[0] if len(said) == 1 else label
+    return str(label)
 
 
 def _read_polars(data: Any) -> Table:
     import polars as pl
 
     if isinstance(data, pl.DataFrame):
-        return Table(data, "polars", "frame", tuple(data.columns), data.height)
+        own = data.clone()
+        made = _polars_made.info(data)
+        if made is not None:
+            _polars_made.remember(own, made)
+        return Table(own, "polars", "frame", tuple(data.columns), data.height)
     if isinstance(data, pl.Series):
         return Table(data, "polars", "series", _series_name(data.name), len(data))
     raise RequestError(f"data is a polars {type(data).__name__}: call .collect() on it first.")
@@ -372,7 +426,7 @@ def _pandas_frame(
 
     native = table.native
     if old:
-        native = native.loc[:, [str(column) not in old for column in native.columns]]
+        native = native.loc[:, [_column_name(column) not in old for column in native.columns]]
     if rows is None:
         index = native.index
         out = native.copy(deep=False) if keep else pd.DataFrame(index=index)
@@ -386,7 +440,7 @@ def _pandas_frame(
     attrs = dict(table.native.attrs)
     if keep and len(out.columns):
         for position, name in enumerate(new.columns, start=len(out.columns)):
-            out.insert(position, name, new[name].array)
+            out.insert(position, column_label(out, name), new[name].array)
     else:
         out = new
     out.attrs = attrs if info is None else {**attrs, META_KEY: chain(info, table.provenance(), old)}

@@ -9,9 +9,8 @@ from nbinfer.contract.errors import RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.schemas import Schema
 from nbinfer.contract.units import plain_number
-from nbinfer.frames.operators import completion_work, plain_options
+from nbinfer.frames.operators import check_options, completion_work, plain_options
 from nbinfer.frames.output import SIDE, side_columns
-from nbinfer.frames.prompts import make_prompt
 from nbinfer.frames.rules import Rules
 from nbinfer.frames.shapes import Shape
 from nbinfer.frames.tables import read
@@ -82,12 +81,13 @@ def extract(
     taken = sorted({"choices", "regex", "grammar", "json"} & options.keys())
     if taken:
         raise RequestError(f"extract: the schema is the rule for the answers; {taken[0]} is a second one.")
+    if schema is None:
+        raise RequestError("extract: schema is None; it is a class or a JSON Schema with the fields to fill.")
     made = Schema(schema)
     shape = Shape(made.json_schema)
     output = rules.output(table, [field.name for field in shape.fields], _SIDE, name=name)
-    asked = make_prompt(
-        prompt, on, table.names, only=table.only, default=_default_prompt(made), call="extract"
-    )
+    asked = table.prompt(prompt, on, default=_default_prompt(made), call="extract")
+    check_options(extract, options)
     loaded = rules.model_for(Mode.COMPLETION)
     seed = plain_number(seed)
     params = plain_options({"max_tokens": max_tokens, "temperature": temperature, **options})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import polars as pl
 import pytest
 from support.fake_engine import FakeEngine, echo
 from support.frames import (
@@ -29,7 +31,7 @@ from nbinfer.contract.errors import (
 )
 from nbinfer.contract.requests import CompletionRequest
 from nbinfer.contract.results import Result, Usage
-from nbinfer.frames import complete, last_run, submit
+from nbinfer.frames import complete, extract, last_run, submit
 from nbinfer.session import Model, session
 
 if TYPE_CHECKING:
@@ -318,6 +320,30 @@ def test_a_wrong_option_raises_before_any_work(options: dict[str, Any]) -> None:
     assert engine_of(model).requests == []
 
 
+@pytest.mark.parametrize("operator", [complete, partial(extract, schema={"properties": {"a": {}}})])
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("on_eror", "Did you mean on_error"),
+        ("temprature", "Did you mean temperature"),
+        ("top_q", "Did you mean top_p"),
+        ("inplace", r"Nothing is changed in place: frame = nb\."),
+    ],
+)
+def test_an_unknown_option_is_told_of_those_of_the_operator_and_of_the_model(
+    operator: Any, option: str, says: str
+) -> None:
+    with pytest.raises(RequestError, match=says) as caught:
+        operator(["a"], model=chat_model(), **{option: True})
+    assert str(caught.value).count("\n") < 5
+    assert "on_error" in str(caught.value)
+
+
+def test_a_wrong_rule_is_found_before_a_server_is_asked() -> None:
+    with pytest.raises(RequestError, match="nulls='drop'"):
+        complete(["a"], nulls="drop", endpoints=["http://nowhere.invalid/v1"])  # type: ignore[arg-type]
+
+
 def test_a_cut_answer_is_not_an_error_unless_a_rule_was_given() -> None:
     out = complete(["one two three"], max_tokens=2, model=chat_model())
     assert (out["completion"][0], out["finish_reason"][0], out["error"].isna()[0]) == (
@@ -491,6 +517,19 @@ def test_a_background_run_shows_its_frame_at_any_time() -> None:
     assert "2/2 rows done" in repr(run)
 
 
+@pytest.mark.parametrize("make", [pd.DataFrame, pl.DataFrame])
+def test_what_is_done_to_a_frame_meanwhile_does_not_reach_the_rows_of_a_run(make: Any) -> None:
+    frame = make({"t": ["a", "b"]})
+    run = submit(frame, on="t", model=chat_model())
+    if isinstance(frame, pl.DataFrame):
+        frame.insert_column(0, pl.Series("t2", ["x", "y"]))
+    else:
+        frame["t"] = ["x", "y"]
+    out = run.wait(30)
+    assert list(out.columns)[:2] == ["t", "completion"]
+    assert list(out["t"]) == list(out["completion"]) == ["a", "b"]
+
+
 def test_a_cancelled_run_keeps_its_rows_and_can_go_on() -> None:
     gate = threading.Event()
     model = chat_model(lambda r: [gate, *echo(r)] if "slow" in last_text(r) else echo(r), parallel=2)
@@ -542,6 +581,15 @@ def test_iterating_a_run_gives_every_row_once_as_it_finishes() -> None:
 def test_an_unknown_operation_is_refused() -> None:
     with pytest.raises(RequestError, match="'complete'"):
         submit(["a"], operation="compleat", model=chat_model())
+
+
+@pytest.mark.parametrize(
+    ("operation", "says"),
+    [("classify", r"^classify\(\) missing .*'labels'"), ("embed", r"^embed\(\) got an unexpected .*'top_p'")],
+)
+def test_arguments_in_the_background_are_those_of_the_operator(operation: str, says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        submit(["a"], operation=operation, top_p=0.5, model=chat_model())
 
 
 def test_last_run_before_any_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

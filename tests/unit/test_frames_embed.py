@@ -409,3 +409,23 @@ def test_large_corpora_are_searched_by_the_graph_unless_told_otherwise(
         first(exact=False)
     with pytest.raises(RequestError, match="exact='no'"):
         first(exact="no")
+
+
+@pytest.mark.parametrize(
+    ("column", "says"),
+    [
+        (pd.Series(["a", "b"]), "holds str"),
+        (pl.Series([{"a": 1}]), "holds dict"),
+        (pd.DataFrame({"v": [[1.0]]}), "not a frame"),
+        (pl.DataFrame({"v": [[1.0]]}), "not a frame"),
+        (pa.table({"v": [[1.0]]}), "not a frame"),
+    ],
+)
+def test_what_holds_no_vectors_is_said_in_words(column: Any, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        vectors(column)
+
+
+def test_a_search_lists_the_columns_that_there_are() -> None:
+    with pytest.raises(RequestError, match=r"which column of the corpus\?.*\nColumns: 't', 'u'"):
+        similar("a", pd.DataFrame({"t": ["a"], "u": ["b"]}), model=embedding_model())

@@ -360,3 +360,8 @@ def test_a_schema_reaches_the_engine_alike_from_complete_and_extract() -> None:
     assert first == second
     assert first is not None
     assert first.value["additionalProperties"] is False
+
+
+def test_a_schema_that_was_forgotten_is_asked_for() -> None:
+    with pytest.raises(RequestError, match="schema is None"):
+        extract(["a"], None, model=chat_model())

@@ -81,7 +81,10 @@ def test_scores_come_from_the_journal() -> None:
     [
         (lambda: rerank(["a"], DOCS, model=reranking_model()), "query is list"),
         (lambda: rerank("a", DOCS, k=0, model=reranking_model()), "k=0"),
-        (lambda: rerank("a", pd.DataFrame({"t": DOCS}), model=reranking_model()), "which column"),
+        (
+            lambda: rerank("a", pd.DataFrame({"t": DOCS}), model=reranking_model()),
+            r"which column holds the documents\? Pass on='column'\.\nColumns: 't'",
+        ),
     ],
 )
 def test_a_wrong_call_raises(call: Any, says: str) -> None:
@@ -96,12 +99,16 @@ def test_another_modes_model_is_refused() -> None:
 
 # -- join ---------------------------------------------------------------------------------------------------
 
-LEFT = {"id": [1, 2, 3, 4], "text": ["red apple", "green pear", None, "blue sky"]}
-RIGHT = {"id": [10, 20, 30], "question": ["apple red", "pear green", "a dog"]}
+LEFT: dict[str, list[Any]] = {"id": [1, 2, 3, 4], "text": ["red apple", "green pear", None, "blue sky"]}
+RIGHT: dict[str, list[Any]] = {"id": [10, 20, 30], "question": ["apple red", "pear green", "a dog"]}
+
+
+def as_pandas(frame: Any) -> Any:
+    return frame if isinstance(frame, pd.DataFrame) else frame.to_pandas()
 
 
 def joined(out: Any) -> list[tuple[Any, ...]]:
-    frame = out if isinstance(out, pd.DataFrame) else out.to_pandas()
+    frame = as_pandas(out)
     return [
         (a, None if pd.isna(b) else int(b), None if pd.isna(q) else q)
         for a, b, q in zip(frame["id"], frame["id_right"], frame["question"], strict=True)
@@ -119,6 +126,42 @@ def test_rows_that_mean_the_same_are_joined(make: Any) -> None:
     assert joined(whole) == [(1, 10, "apple red"), (2, 20, "pear green"), (3, None, None), (4, None, None)]
     names = whole.column_names if isinstance(whole, pa.Table) else list(whole.columns)
     assert names == ["id", "text", "id_right", "question", "score"]
+
+
+@pytest.mark.parametrize("make", [pd.DataFrame, pl.DataFrame, pa.table])
+@pytest.mark.parametrize("nothing", ["left", "right", "both"])
+@pytest.mark.parametrize("rows", [0, 2])
+def test_sides_without_any_text_have_no_matches(make: Any, nothing: str, rows: int) -> None:
+    def side(name: str, full: dict[str, list[Any]]) -> Any:
+        if nothing not in (name, "both"):
+            return make(full)
+        # Typed, as a frame whose rows were all filtered out would be.
+        return make(full)[:0] if rows == 0 else make({"id": [1, 2], list(full)[1]: [None, None]})
+
+    left, right = side("left", LEFT), side("right", RIGHT)
+    options: dict[str, Any] = {"left_on": "text", "right_on": "question", "progress": False}
+    whole = join(left, right, how="left", rerank=reranking_model(), model=embedding_model(), **options)
+    assert len(whole) == len(left)
+    assert joined(whole) == [(each, None, None) for each in list(as_pandas(left)["id"])]
+    assert len(join(left, right, model=embedding_model(), **options)) == 0
+
+
+@pytest.mark.parametrize("make", [pd.DataFrame, pl.DataFrame, pa.table])
+def test_a_search_without_any_text_finds_nothing(make: Any) -> None:
+    empty, full = make({"t": [None, None]}), make({"t": ["a", "b"]})
+    for query, corpus in (("a", empty), (empty, full), (empty, empty), ([], full), ([None], full)):
+        found = similar(query, corpus, on="t", model=embedding_model())
+        assert len(found) == 0
+        names = found.column_names if isinstance(found, pa.Table) else list(found.columns)
+        assert names == ["query", "match", "position", "rank", "score"]
+
+
+def test_a_frame_whose_columns_have_levels_keeps_them() -> None:
+    levels = pd.MultiIndex.from_tuples([("a", "text"), ("b", "")])
+    left = pd.DataFrame([["red apple", 1]], columns=levels)
+    out = join(left, pd.DataFrame(RIGHT), left_on=("a", "text"), right_on="question", model=embedding_model())
+    assert list(out.columns) == [*levels, ("id", ""), ("question", ""), ("score", "")]
+    assert out["id"].tolist() == [10]
 
 
 def test_the_left_index_is_kept_and_vectors_are_taken_as_they_are() -> None:
@@ -155,6 +198,12 @@ def test_a_reranker_orders_and_a_question_decides() -> None:
     )
     assert len(engine_of(talk).requests) == 4
     assert len(decided) in range(5)
+
+
+def test_a_wrong_call_is_refused_before_its_cost_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RequestError, match="k=0"):
+        join(pd.DataFrame(LEFT), pd.DataFrame(RIGHT), left_on="text", right_on="question", k=0)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_planned_calls_are_said_first(capsys: pytest.CaptureFixture[str]) -> None:

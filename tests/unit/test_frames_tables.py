@@ -203,13 +203,15 @@ def test_missing_dates_are_missing() -> None:
     ("data", "says"),
     [
         ("text", "one str"),
-        ({"a": 1}, "one dict"),
+        ({"a": 1}, r"one dict.*pandas\.DataFrame\(data\)"),
         (7, "builtins.int"),
         (pl.LazyFrame({"a": ["x"]}), "collect"),
         (pd.DataFrame([["x", "y"]], columns=["a", "a"]), "repeat: 'a'"),
         (pa.table([["x"], ["y"]], names=["a", "a"]), "repeat: 'a'"),
         (iter(["a"]), "it is a list"),
         (np.array([["a"]]), "it is a list"),
+        (pd.DataFrame({"a": ["x"]}).groupby("a"), "pandas DataFrameGroupBy"),
+        (pd.DataFrame({"a": ["x"]}).rolling(1), "pandas Rolling"),
     ],
 )
 def test_other_data_is_refused_in_words(data: Any, says: str) -> None:
@@ -218,7 +220,14 @@ def test_other_data_is_refused_in_words(data: Any, says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "index", [pd.Index(["a", "b"]), np.array(["a", "b"]), np.array(["a", "b"], dtype=object)]
+    "index",
+    [
+        pd.Index(["a", "b"]),
+        pd.array(["a", "b"], dtype="string"),
+        pd.Categorical(["a", "b"]),
+        np.array(["a", "b"]),
+        np.array(["a", "b"], dtype=object),
+    ],
 )
 def test_other_sequences_of_text_are_read(index: Any) -> None:
     assert list(complete(index, model=chat_model())["completion"]) == ["a", "b"]
@@ -350,3 +359,38 @@ def test_a_column_of_conversations_is_sent_as_conversations() -> None:
         request: Any = model.engine.requests[0]  # type: ignore[attr-defined]
         assert [m["role"] for m in request.messages] == ["system", "user", "assistant", "user"]
         assert str(out["completion"][0]) == "bye"
+
+
+def test_columns_of_several_levels_are_called_by_the_levels_that_say_something() -> None:
+    frame = pd.DataFrame([["x", "y"], ["z", "w"]], columns=pd.MultiIndex.from_tuples([("a", "t"), ("b", "")]))
+    model = chat_model()
+    for _ in range(2):
+        frame = complete(frame, "say {b} and {('a', 't')}", model=model)
+    names: list[Any] = list(frame.columns)
+    assert names[:3] == [("a", "t"), ("b", ""), ("completion", "")]
+    assert frame.columns.is_unique
+    assert frame["completion"].tolist() == ["say y and x", "say w and z"]
+    again = complete(frame, "{completion}!", name="again", model=model)
+    assert again["again"].tolist() == ["say y and x!", "say w and z!"]
+
+
+@pytest.mark.parametrize("name", [5, ("a", "b"), "", None])
+def test_a_new_column_is_called_by_a_text(name: Any) -> None:
+    with pytest.raises(RequestError, match="name="):
+        complete(["a"], name=name, model=chat_model())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"prompt": "say {k}"}, r"'k' is the frame's index.*reset_index"),
+        ({"on": "k"}, r"'k' is the frame's index.*reset_index"),
+        ({"prompt": "say {T}"}, "Did you mean 't'"),
+    ],
+)
+def test_a_column_that_is_elsewhere_or_written_otherwise_is_pointed_at(
+    options: dict[str, Any], says: str
+) -> None:
+    frame = pd.DataFrame({"k": ["x"], "t": ["y"]}).set_index("k")
+    with pytest.raises(RequestError, match=says):
+        complete(frame, model=chat_model(), **options)
