@@ -9,7 +9,7 @@ from nbinfer.engines.plaintext import defused_message
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Sequence
+    from collections.abc import Sequence, Sized
 
     from nbinfer.contract.requests import CompletionRequest, Message
     from nbinfer.engines.protocol import EngineInfo
@@ -98,3 +98,22 @@ def check_length(n: int, info: EngineInfo) -> None:
         prompt_tokens=n,
         context_size=size,
     )
+
+
+def check_texts(texts: Sequence[Sized], info: EngineInfo) -> None:
+    """Refuse texts, given as their tokens, of which one is longer than a model of vectors or scores takes.
+
+    Raises
+    ------
+    ContextOverflow
+        One is; the message says which.
+    """
+    size = info.context_size
+    for i, tokens in enumerate(texts):
+        if len(tokens) > size:
+            raise ContextOverflow(
+                f"text {i} has {len(tokens):,} tokens, but {info.model} takes at most {size:,}. "
+                "Shorten or split it.",
+                prompt_tokens=len(tokens),
+                context_size=size,
+            )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nbinfer.contract.errors import RequestError
 from nbinfer.contract.requests import EmbeddingRequest, RerankRequest
 from nbinfer.contract.results import EmbeddingResult, RerankResult
 
@@ -31,6 +32,19 @@ def as_asked(vectors: NDArray[np.float32], request: EmbeddingRequest) -> NDArray
     if request.dims is not None:
         vectors = np.ascontiguousarray(vectors[:, : request.dims])
     return unit_length(vectors) if request.normalize else vectors
+
+
+def check_dims(request: EmbeddingRequest, info: EngineInfo) -> None:
+    """Refuse a request for more components than the model's vectors have.
+
+    Raises
+    ------
+    RequestError
+        It wants more.
+    """
+    size = info.dimensions or 0
+    if request.dims is not None and request.dims > size:
+        raise RequestError(f"dims={request.dims}, but {info.model} has vectors of {size} components.")
 
 
 def unit_length(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

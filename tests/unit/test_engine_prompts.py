@@ -10,7 +10,7 @@ from nbinfer.contract.errors import ContextOverflow, NotSupported, RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import CompletionRequest
 from nbinfer.engines.plaintext import SEAM, control_pattern
-from nbinfer.engines.prompts import check_length, only_text, rendered
+from nbinfer.engines.prompts import check_length, check_texts, only_text, rendered
 from nbinfer.engines.protocol import EngineInfo
 from nbinfer.engines.template import ChatTemplate
 
@@ -94,3 +94,13 @@ def test_a_prompt_leaves_room_for_an_answer_or_is_refused(
         check_length(n, info)
     if isinstance(caught.value, ContextOverflow):
         assert (caught.value.prompt_tokens, caught.value.context_size) == (n, 100)
+
+
+def test_a_text_longer_than_the_model_takes_is_named() -> None:
+    info = EngineInfo(backend="b", model="m", mode=Mode.EMBEDDING, context_size=3)
+    check_texts([[1, 2, 3], []], info)
+    with pytest.raises(
+        ContextOverflow, match=r"text 1 has 4 tokens, but m takes at most 3\. Shorten"
+    ) as caught:
+        check_texts([[1], [1, 2, 3, 4]], info)
+    assert (caught.value.prompt_tokens, caught.value.context_size) == (4, 3)

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nbinfer.contract.errors import RequestError
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import EmbeddingRequest, RerankRequest
 from nbinfer.engines.protocol import EngineInfo
-from nbinfer.engines.vectors import as_asked, nothing, unit_length
+from nbinfer.engines.vectors import as_asked, check_dims, nothing, unit_length
 
 
 @pytest.mark.parametrize(
@@ -48,3 +49,11 @@ def test_a_result_of_nothing_says_why_and_keeps_its_shape(
     assert (found.vectors.shape, found.vectors.dtype) == ((0, columns), np.float32)
     scored: Any = nothing(RerankRequest(query="a", documents=("b",)), info, "stop")
     assert (scored.finish_reason, scored.scores.shape, scored.scores.dtype) == ("stop", (0,), np.float32)
+
+
+def test_more_components_than_there_are_are_refused() -> None:
+    info = EngineInfo(backend="b", model="m", mode=Mode.EMBEDDING, context_size=8, dimensions=8)
+    for dims in (None, 1, 8):
+        check_dims(EmbeddingRequest(texts=("a",), dims=dims), info)
+    with pytest.raises(RequestError, match="dims=9, but m has vectors of 8 components"):
+        check_dims(EmbeddingRequest(texts=("a",), dims=9), info)

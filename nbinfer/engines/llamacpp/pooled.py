@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbinfer.contract.errors import (
-    ContextOverflow,
     EngineError,
     NbinferError,
     NotSupported,
-    RequestError,
 )
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import EmbeddingRequest, RerankRequest
@@ -22,9 +20,10 @@ from nbinfer.contract.results import EmbeddingResult, Finished, PromptProgress, 
 from nbinfer.engines.alive import closed_on_error, register
 from nbinfer.engines.jobs import Jobs
 from nbinfer.engines.llamacpp.context import OK, Context, engine_version
+from nbinfer.engines.prompts import check_texts
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
-from nbinfer.engines.vectors import as_asked, nothing
+from nbinfer.engines.vectors import as_asked, check_dims, nothing
 from nbinfer.memory import defaults
 
 if TYPE_CHECKING:
@@ -117,22 +116,12 @@ class PooledEngine:
             tokens = [self._pair(request.query, document) for document in request.documents]
         elif isinstance(request, EmbeddingRequest) and self.info.mode == Mode.EMBEDDING:
             tokens = [self._weights.tokenize(text, special=False, add_special=True) for text in request.texts]
-            dims = request.dims
-            if dims is not None and dims > self._size:
-                raise RequestError(f"dims={dims}, but {self._name} has vectors of {self._size} components.")
+            check_dims(request, self.info)
         else:
             raise NotSupported(
                 f"{self._name} is loaded for {self.info.mode}: load a model in the mode you need."
             )
-        for i, t in enumerate(tokens):
-            if len(t) > self.info.context_size:
-                raise ContextOverflow(
-                    f"text {i} has {len(t):,} tokens, but {self._name} takes at most "
-                    f"{self.info.context_size:,}. "
-                    "Shorten or split it.",
-                    prompt_tokens=len(t),
-                    context_size=self.info.context_size,
-                )
+        check_texts(tokens, self.info)
         stream = Stream()
         self._jobs.put(_Job(request, tokens, stream))
         return stream
