@@ -7,7 +7,8 @@ Models are headers of published shapes with a tokenizer of the full size and no 
 clock, the median of several rounds:
 
 first     reading the header, and the first estimate by formula
-formula   another estimate by formula, the header known
+formula   another context by formula, the header known
+split     the same with another number of layers on the GPU, of which nothing is known yet
 warm      llama.cpp asked in a running child process, with another context than before
 other     the same after another model: the child loads this one's header
 cold      the same with a new child process: it starts, loads llama.cpp and checks itself first
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=sorted(synthetic.ALL), default=MODELS)
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
-    table = Table("model", "vocabulary", "first", "formula", "warm", "other", "cold")
+    table = Table("model", "vocabulary", "first", "formula", "split", "warm", "other", "cold")
     with tempfile.TemporaryDirectory() as folder:
         other = read_header(synthetic.write(synthetic.ALL[OTHER](), Path(folder, "other.gguf")))
         for name in args.models:
@@ -75,8 +76,11 @@ def measured(path: Path, other: Header, rounds: int) -> list[float]:
     header = read_header(path)
     sizes = itertools.cycle((2048, 4096, 8192, 16384))
 
-    def ask(found: Header | Path, *, exact: bool) -> Any:
-        return estimate(found, context_size=next(sizes), gpus=["24GiB"], exact=exact)
+    # Half of them and some more or fewer, more often than anything is kept.
+    layers = itertools.cycle(range((header.n_layers or 0) // 4, 3 * (header.n_layers or 0) // 4))
+
+    def ask(found: Header | Path, *, exact: bool, gpu_layers: int | None = None) -> Any:
+        return estimate(found, context_size=next(sizes), gpu_layers=gpu_layers, gpus=["24GiB"], exact=exact)
 
     def ask_other() -> None:
         ask(other, exact=True)
@@ -84,6 +88,7 @@ def measured(path: Path, other: Header, rounds: int) -> list[float]:
     return [
         median(lambda: ask(path, exact=False), rounds),
         median(lambda: ask(header, exact=False), rounds),
+        median(lambda: ask(header, exact=False, gpu_layers=next(layers)), rounds),
         median(lambda: ask(header, exact=True), rounds, before=lambda: ask(header, exact=True)),
         median(lambda: ask(header, exact=True), rounds, before=ask_other),
         median(lambda: ask(header, exact=True), rounds, before=lambda: shared_probe().close()),

@@ -231,9 +231,13 @@ class Builder:
         kinds = [self._kind(block) for block in blocks]
         among = len(set(self.placed)) > 1 or any(block.key_row for block in blocks)
         shared = self.graph.gpus > 0 and CPU in self.placed
-        if shared and self.shape.recurrent:
+        if self.small:
+            # What runs where depends on the neighbours alone.
+            kept = rounds_kept(kinds, alone=2, among=2)
+        elif shared and self.shape.recurrent:
             return blocks
-        kept = rounds_kept(kinds, alone=6 if shared else 3, among=2)
+        else:
+            kept = rounds_kept(kinds, alone=6 if shared else 3, among=2)
         if not (self.small or shared or (self.shape.recurrent and among)):
             kept = min(kept, ends_kept(kinds, 3 if self._is_per_layer() else 2), key=sum)
         return [block for block, stays in zip(blocks, kept, strict=True) if stays]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nbinfer.memory.settings import Settings
     from nbinfer.memory.shape import Shape
 
-# Schedules kept of a model, some 100 kB each: another context does not need another one.
+# Schedules kept of a model, 20 to 400 kB each: another context does not need another one.
 _PLANS = 8
 _FLOAT = 4
 

@@ -349,6 +349,7 @@ CUT = [
 ]
 
 
+@pytest.mark.parametrize("flash", [True, None])
 @pytest.mark.parametrize(("name", "gpu_layers", "experts_on_cpu"), CUT)
 def test_rounds_left_out_of_the_graph_would_not_have_changed_its_size(
     shape: Load,
@@ -356,12 +357,16 @@ def test_rounds_left_out_of_the_graph_would_not_have_changed_its_size(
     name: str,
     gpu_layers: int,
     experts_on_cpu: bool | int,
+    flash: bool | None,
 ) -> None:
-    settings = plain(4096, gpu_layers=gpu_layers, parallel=4, experts_on_cpu=experts_on_cpu)
+    settings = plain(
+        4096, gpu_layers=gpu_layers, parallel=4, experts_on_cpu=experts_on_cpu, flash_attention=flash
+    )
     made = layout(shape(name), settings, GPU)
     for rule in ("rounds_kept", "ends_kept"):
         monkeypatch.setattr(builder, rule, lambda kinds, *_, **__: [True] * len(kinds))
     whole = layout(replace(shape(name)), settings, GPU)  # a copy, which knows no schedule yet
+    assert made.flash == whole.flash
     assert {device: held.compute for device, held in made.held.items()} == {
         device: held.compute for device, held in whole.held.items()
     }
