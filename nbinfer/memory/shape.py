@@ -167,7 +167,7 @@ class Part:
             return Copies()
         if self._copies is None or self._copies[0] is not how:
             self._copies = (how, self._copied(how, experts=False), self._copied(how, experts=True))
-        return self._copies[2 if experts else 1]
+        return self._copies[2] if experts else self._copies[1]
 
     def _copied(self, how: Rearranging, *, experts: bool) -> Copies:
         n_bytes = added = 0
