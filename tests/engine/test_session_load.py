@@ -19,6 +19,7 @@ from support.pictures import disc
 import nbinfer as nb
 from nbinfer.contract.errors import ConfigError, DoesNotFit, ModelNotFound, NotSupported
 from nbinfer.models.demo import demo_path
+from nbinfer.session.plans import _given_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -237,6 +238,13 @@ def test_a_reload_counts_what_the_old_one_gives_back_and_unloads_it_first(
     free(1 << 40)
     last = nb.load("demo", threads=1, context_size=1024)
     assert (nb.loaded(), there[-1]) == ([last], ["demo"]), "there until the new one was"
+
+
+def test_what_a_model_gives_back_is_what_it_has_written_to() -> None:
+    model = nb.load("demo", threads=1, context_size=65_536)
+    ram, counted = model.memory.ram, _given_back(model)
+    assert ram.compute > ram.overhead[1]
+    assert ram.cache <= counted.ram <= ram.cache + ram.overhead[1] + ram.output
 
 
 def test_a_model_that_was_replaced_is_let_go() -> None:
