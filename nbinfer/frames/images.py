@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html as html_text
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from nbinfer.frames.run import Run
     from nbinfer.frames.work import FrameModel
 
-SIDE = ("seed", "error", "seconds", "source")
+_SAID = ("error", "seconds", "source")
 _PREVIEWS = 4
 
 
@@ -91,12 +91,10 @@ class ImageWork:
 
     def request(self, contents: Sequence[Any], seeds: Sequence[int | None]) -> ImageRequest:
         """Return the request for this content."""
-        import dataclasses
-
         (content,), (seed,) = contents, seeds
         if not isinstance(content, str):
             raise RequestError("the prompt of this row is not text.")
-        return dataclasses.replace(self.base, prompt=content, seed=seed, priority="batch")
+        return replace(self.base, prompt=content, seed=seed, priority="batch")
 
     def records(self, result: ImageResult, contents: Sequence[Any]) -> list[Record]:
         """Return the record of this content."""
@@ -182,7 +180,7 @@ def generate_images(
     n, seed, steps, guidance = (plain_number(number) for number in (n, seed, steps, guidance))
     if type(n) is not int or n < 1:
         raise RequestError(f"n={n!r}: it is the number of images per row, at least 1.")
-    side = (*(("sample",) if n > 1 else ()), *SIDE)
+    side = (*(("sample",) if n > 1 else ()), "seed", *_SAID)
     output = rules.output(table, [name], side, name=name, per_row=n)
     asked = table.prompt(prompt, on, call="generate_images")
     loaded = rules.model_for(Mode.IMAGE_GENERATION)
@@ -203,7 +201,7 @@ def generate_images(
 
         seeds = [columns.outcomes.extra.get(job, {}).get("seed") for job in range(len(columns.outcomes))]
         beside = sample_column(columns, n) | {"seed": columns.values(pa.int64(), seeds)}
-        beside |= side_columns(columns, ("error", "seconds", "source"))
+        beside |= side_columns(columns, _SAID)
         made = output.frame(run, columns, {name: columns.values(pa.large_binary())}, beside)
         return _with_pictures(made, name) if table.family == "pandas" else made
 

@@ -126,12 +126,7 @@ def join(
         stays = np.flatnonzero(decided.fillna(False).to_numpy(dtype=bool))
         at, to, scores = at[stays], to[stays], scores[stays]
     if how == "left":
-        lone = np.setdiff1d(np.arange(first.rows), at)
-        at = np.concatenate([at, lone])
-        to = np.concatenate([to, np.full(len(lone), -1)])
-        scores = np.concatenate([scores, np.full(len(lone), np.nan, np.float32)])
-        order = np.argsort(at, kind="stable")
-        at, to, scores = at[order], to[order], scores[order]
+        at, to, scores = _with_the_lone(at, to, scores, rows=first.rows)
     return _beside(first, second, names, at, to, scores)
 
 
@@ -184,6 +179,18 @@ def _reranked(
     lefts, rights, scores = lefts[order], rights[order], scores[order]
     best = places(lefts) < k
     return lefts[best], rights[best], scores[best]
+
+
+def _with_the_lone(
+    at: NDArray[np.int64], to: NDArray[np.int64], scores: NDArray[np.float32], *, rows: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Add the left rows without a match, in their places; they go to row -1."""
+    lone = np.setdiff1d(np.arange(rows), at)
+    at = np.concatenate([at, lone])
+    to = np.concatenate([to, np.full(len(lone), -1)])
+    scores = np.concatenate([scores, np.full(len(lone), np.nan, np.float32)])
+    order = np.argsort(at, kind="stable")
+    return at[order], to[order], scores[order]
 
 
 def _beside(

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 Method = Literal["logits", "generate"]
 
-OPTIONS = ("raw", "system", "think")
+_OPTIONS = ("raw", "system", "think")
 """What of a completion's options changes how answers are scored."""
 
 # A chat model says "Yes" or "yes": both count.
@@ -124,7 +124,7 @@ class ScoreWork:
         return np.frombuffer(data, "<f8")
 
 
-def label_texts(labels: Any, *, least: int) -> dict[str, str]:
+def _label_texts(labels: Any, *, least: int) -> dict[str, str]:
     """Return the labels with their descriptions (empty where there is none), in their order.
 
     Raises
@@ -221,10 +221,10 @@ def classify(
     """
     choice("method", method, (None, "logits", "generate"))
     rules = Rules(model, client, endpoints, cache, on_error, nulls, too_long, keep, progress)
-    check_options("classify", options)
+    _refuse_idle("classify", options)
     table = read(data)
-    check_share("threshold", threshold)
-    texts = label_texts(labels, least=1 if multi else 2)
+    _check_share("threshold", threshold)
+    texts = _label_texts(labels, least=1 if multi else 2)
     if method == "generate" and (multi or probs):
         raise RequestError(
             "method='generate' gives one label and no probabilities; leave out multi and probs."
@@ -279,7 +279,7 @@ def _scored(call: _Call, model: FrameModel) -> Run:
     work = ScoreWork("classify", completion_work("classify", call.options, seed=0), call.labels)
 
     def build(run: Run, columns: Columns) -> Any:
-        shares = stacked(columns, len(call.labels))
+        shares = _stacked(columns, len(call.labels))
         best = [None if np.isnan(row).any() else call.labels[int(row.argmax())] for row in shares]
         values = {call.name: columns.categories(best, call.labels)}
         values |= call.shares([columns.numbers(column) for column in shares.T])
@@ -322,7 +322,7 @@ def _each_by_itself(call: _Call, model: FrameModel, threshold: float) -> Run:
         return [(_with_ending(content, question), 0) for question in questions]
 
     def build(run: Run, columns: Columns) -> Any:
-        yes = columns.numbers(share_of_yes(columns)).to_numpy(zero_copy_only=False)
+        yes = columns.numbers(_share_of_yes(columns)).to_numpy(zero_copy_only=False)
         table_of = yes.reshape(-1, len(labels))
         whole = ~np.isnan(table_of).any(axis=1)
         chosen = [
@@ -371,7 +371,7 @@ def _with_ending(content: Any, ending: str) -> Any:
     return (*content[:-1], {**last, "content": last["content"] + ending})
 
 
-def check_options(call: str, options: Mapping[str, Any]) -> None:
+def _refuse_idle(call: str, options: Mapping[str, Any]) -> None:
     """Refuse options that change nothing where answers are scored.
 
     Raises
@@ -379,15 +379,15 @@ def check_options(call: str, options: Mapping[str, Any]) -> None:
     RequestError
         There is one.
     """
-    idle = [name for name in options if name not in OPTIONS]
+    idle = [name for name in options if name not in _OPTIONS]
     if idle:
         raise RequestError(
             f"{call}: {', '.join(idle)} is unknown, or has no effect where answers are compared.\n"
-            f"Options: {', '.join(OPTIONS)}.",
+            f"Options: {', '.join(_OPTIONS)}.",
         )
 
 
-def check_share(name: str, value: float) -> None:
+def _check_share(name: str, value: float) -> None:
     """Refuse a number that is no probability.
 
     Raises
@@ -399,7 +399,7 @@ def check_share(name: str, value: float) -> None:
         raise RequestError(f"{name}={value!r}: it is a probability, 0 to 1.")
 
 
-def stacked(columns: Columns, width: int) -> NDArray[np.float64]:
+def _stacked(columns: Columns, width: int) -> NDArray[np.float64]:
     """Return the jobs' shares, shape (jobs, width); NaN for jobs without any."""
     out = np.full((len(columns.outcomes), width), np.nan)
     for job, shares in columns.outcomes.parsed.items():
@@ -407,9 +407,9 @@ def stacked(columns: Columns, width: int) -> NDArray[np.float64]:
     return out
 
 
-def share_of_yes(columns: Columns) -> NDArray[np.float64]:
+def _share_of_yes(columns: Columns) -> NDArray[np.float64]:
     """Return the probability of yes against no, shape (jobs,); NaN for jobs without one."""
-    shares = stacked(columns, len(YES) + len(NO))
+    shares = _stacked(columns, len(YES) + len(NO))
     out: NDArray[np.float64] = shares[:, : len(YES)].sum(axis=1)
     return out
 
@@ -470,16 +470,16 @@ def filter(  # noqa: A001 - the operator's common name; the built-in is not used
         The call itself is wrong.
     """
     rules = Rules(model, client, endpoints, cache, on_error, nulls, too_long, keep=True, progress=progress)
-    check_options("filter", options)
+    _refuse_idle("filter", options)
     table = read(data)
-    check_share("threshold", threshold)
+    _check_share("threshold", threshold)
     output = rules.output(table, [name], ("error",), name=name, can_drop=False)
     asked = table.prompt(prompt, on, call="filter")
     loaded = rules.model_for(Mode.COMPLETION)
     work = ScoreWork("filter", completion_work("filter", options, seed=0), (*YES, *NO))
 
     def build(run: Run, columns: Columns) -> Any:
-        values = {name: columns.numbers(share_of_yes(columns))}
+        values = {name: columns.numbers(_share_of_yes(columns))}
         return output.frame(run, columns, values, {"error": columns.error()})
 
     run = rules.batch(
@@ -493,7 +493,7 @@ def filter(  # noqa: A001 - the operator's common name; the built-in is not used
     )
     rules.result(run)
     columns = run.columns()
-    yes = columns.numbers(share_of_yes(columns))
+    yes = columns.numbers(_share_of_yes(columns))
     shares = yes.to_numpy(zero_copy_only=False)
     missing = np.isnan(shares)
     with np.errstate(invalid="ignore"):

@@ -137,9 +137,9 @@ def complete(
     output = rules.output(table, [name], side, name=name, per_row=n)
     own = isinstance(images, str)
     asked = table.prompt(prompt, on, call="complete", fixed=own)
-    advice = asked.advice if isinstance(asked, Template) and table.rows >= _ADVISE_ROWS else None
     if own:
         asked = _with_images(asked, images, table, too_long, options)
+    advice = asked.advice if isinstance(asked, Template) and table.rows >= _ADVISE_ROWS else None
     params = plain_options(
         {
             "max_tokens": max_tokens,

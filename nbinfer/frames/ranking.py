@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nbinfer.frames.prompts import Prompt
     from nbinfer.frames.run import Run
 
-SIDE = ("rank", "error", "n_tokens")
+_SIDE = ("rank", "error", "n_tokens")
 
 
 class _Pair:
@@ -105,7 +105,7 @@ def rerank(
         )
     if k is not None and (isinstance(k, bool) or k < 1):
         raise RequestError(f"k={k!r}: it is the number of documents to keep, at least 1.")
-    beside = (*(("row",) if table.only and table.family != "pandas" else ()), *SIDE)
+    beside = (*(("row",) if table.only and table.family != "pandas" else ()), *_SIDE)
     output = rules.output(table, [name], beside, name=name)
     if on is None and not table.only:
         raise RequestError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from dataclasses import replace
@@ -18,7 +19,7 @@ from nbinfer.frames.journal import KEY_VERSION
 from nbinfer.frames.outcomes import Columns
 from nbinfer.frames.plan import kind
 from nbinfer.frames.progress import JupyterSink, Progress, QuietSink, Sink
-from nbinfer.frames.work import plain, weights
+from nbinfer.frames.work import weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nbinfer.frames.plan import OnError, Plan
+
+# A picture's bytes have no place in a frame's provenance.
+_SHOWN_CHARS = 200
 
 
 class Run:
@@ -48,7 +52,7 @@ class Run:
     ) -> None:
         self._plan = plan
         self._build = build
-        self._params = plain(params)
+        self._params = _plain(params)
         self._on_error = on_error
         self._finished = threading.Event()
         self._error: BaseException | None = None
@@ -253,6 +257,20 @@ class Run:
         self.progress.notes.extend(getattr(self._plan.model, "notes", ()))
         self.progress.end(state)
         self._finished.set()
+
+
+def _plain(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as JSON-able values, leaving out those that are off."""
+    out = {}
+    for name, value in params.items():
+        if value is None:
+            continue
+        try:
+            # NumPy's numbers say theirs by item().
+            out[name] = json.loads(json.dumps(value, default=lambda number: number.item()))
+        except (TypeError, ValueError, AttributeError):
+            out[name] = getattr(value, "__name__", repr(value)[:_SHOWN_CHARS])
+    return out
 
 
 _last: Run | None = None

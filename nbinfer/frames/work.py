@@ -507,23 +507,3 @@ class RerankWork:
 def _same_count(got: int, asked: int, what: str) -> None:
     if got != asked:
         raise EngineError(f"the engine returned {got} {what} for {asked} texts.")
-
-
-# A picture's bytes have no place in a frame's provenance.
-_SHOWN = 200
-
-
-def plain(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as JSON-able values, leaving out those that are off."""
-    import json
-
-    out = {}
-    for name, value in params.items():
-        if value is None:
-            continue
-        try:
-            # NumPy's numbers say theirs by item().
-            out[name] = json.loads(json.dumps(value, default=lambda number: number.item()))
-        except (TypeError, ValueError, AttributeError):
-            out[name] = getattr(value, "__name__", repr(value)[:_SHOWN])
-    return out
