@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nbinfer.memory.estimate import CannotEstimate, DeviceEstimate, Estimate, estimate
+from nbinfer.memory.estimate import DeviceEstimate, Estimate, estimate
+from nbinfer.memory.exact import CannotEstimate
 from nbinfer.memory.images import ImageEstimate, estimate_images
 from nbinfer.memory.live import breakdown
 from nbinfer.memory.machine import Gpu, Machine, Ram, machine

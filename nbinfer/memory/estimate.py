@@ -15,12 +15,12 @@ from nbinfer.contract.errors import ConfigError, NbinferError, NotSupported
 from nbinfer.contract.memory import RequiredMemory
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.units import human_bytes, parse_bytes
-from nbinfer.gguf.types import tensor_type_numbers
 from nbinfer.memory import defaults
 from nbinfer.memory.analytic import layout
+from nbinfer.memory.exact import CannotEstimate, Measured, ask
 from nbinfer.memory.layout import CPU
 from nbinfer.memory.machine import Gpu, Machine, machine
-from nbinfer.memory.settings import Settings, expert_patterns
+from nbinfer.memory.settings import Settings
 from nbinfer.memory.shape import Shape
 from nbinfer.memory.shown import FORMULA, VERDICTS, Advice, Device, Shown, Verdict
 
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 
     from nbinfer.gguf import Header
     from nbinfer.memory.layout import Layout
-
-
-class CannotEstimate(NotSupported):
-    """The formulas do not know this kind of model, and llama.cpp was not asked or does not either."""
 
 
 LLAMA_CPP, ASSUMED = "llama.cpp", "assumed"
@@ -396,7 +392,7 @@ def _estimate(header: Header, name: str, options: Mapping[str, Any], here: Machi
             f"the memory of {name} cannot be estimated: its header is not that of a known architecture "
             f"({header.architecture})."
         ) from error
-    measured, note = _ask(header, settings, here, exact=options.get("exact"))
+    measured, note = ask(header, settings, here, exact=options.get("exact"))
     sources = dict.fromkeys(("weights", "cache", "compute"), LLAMA_CPP if measured else FORMULA)
     sources |= {"state": FORMULA, "output": FORMULA, "projector": ASSUMED, "draft": FORMULA}
     if (made.rough or not shape.exact) and not measured:
@@ -455,87 +451,12 @@ def _settings(shape: Shape, header: Header, options: Mapping[str, Any], here: Ma
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """llama.cpp's answer by device number: weights, cache with state, compute; and rearranged weights."""
-
-    held: Mapping[int, tuple[int, int, int]]
-    repacked: int
-
-
-def _ask(
-    header: Header, settings: Settings, here: Machine, *, exact: bool | None
-) -> tuple[_Measured | None, str]:
-    """Ask the probe; None and a reason when it cannot answer and formulas will do."""
-    if exact is False:
-        return None, ""
-    from nbinfer.gguf.strip import data_size, stripped
-    from nbinfer.memory.probe.client import (
-        PretendGPU,
-        ProbeFailed,
-        ProbeRefused,
-        ProbeUnavailable,
-        shared_probe,
-    )
-
-    bare = header.__dict__.get("_memory_bare")
-    if bare is None:
-        bare = header.__dict__["_memory_bare"] = stripped(header)
-    devices = [
-        PretendGPU(name=f"CUDA{i}", total=gpu.total, free=gpu.free, integrated=gpu.unified)
-        for i, gpu in enumerate(here.gpus)
-    ]
-    model: dict[str, Any] = {"n_gpu_layers": settings.gpu_layers}
-    if settings.tensor_split is not None:
-        model["tensor_split"] = list(settings.tensor_split)
-    if settings.experts_on_cpu:
-        model["experts_on_cpu"] = list(expert_patterns(settings.experts_on_cpu))
-    try:
-        answer = shared_probe().measure(
-            bare,
-            len(bare) + data_size(header),
-            devices=devices,
-            model=model,
-            context=_context(settings, here),
-        )
-    except (ProbeUnavailable, ProbeFailed) as problem:
-        if exact:
-            raise
-        return None, str(problem)
-    except ProbeRefused as refusal:
-        raise CannotEstimate(str(refusal)) from refusal
-    held = {CPU: answer.on("CPU")} | {i: answer.on(f"CUDA{i}") for i in range(len(devices))}
-    repacked = sum(row.model for row in answer.rows if row.copied)
-    return _Measured({i: (row.model, row.context, row.compute) for i, row in held.items()}, repacked), ""
-
-
-def _context(settings: Settings, here: Machine) -> dict[str, Any]:
-    flash = {None: -1, False: 0, True: 1}[settings.flash_attention]
-    kind = tensor_type_numbers()[settings.kv_type.upper()]
-    context: dict[str, Any] = {
-        "n_ctx": settings.context_size,
-        "n_batch": settings.batch_size,
-        "n_ubatch": settings.micro_batch,
-        "n_seq_max": settings.parallel,
-        "kv_unified": settings.kv_unified,
-        "swa_full": settings.swa_full,
-        "flash_attn_type": flash,
-        "type_k": kind,
-        "type_v": kind,
-        "embeddings": settings.pooled,
-        "op_offload": settings.op_offload and bool(here.gpus),
-    }
-    if settings.n_outputs_max is not None:
-        context["n_outputs_max"] = settings.n_outputs_max
-    return context
-
-
 def _ram(
     made: Layout,
     shape: Shape,
     settings: Settings,
     here: Machine,
-    measured: _Measured | None,
+    measured: Measured | None,
     sources: Mapping[str, str],
 ) -> DeviceEstimate:
     host = made.on(CPU)
@@ -566,7 +487,7 @@ def _ram(
 
 
 def _gpu(
-    made: Layout, number: int, gpu: Gpu, measured: _Measured | None, sources: Mapping[str, str]
+    made: Layout, number: int, gpu: Gpu, measured: Measured | None, sources: Mapping[str, str]
 ) -> DeviceEstimate:
     held = made.on(number)
     weights, cache, state, compute = held.weights, held.cache, held.state, held.compute
