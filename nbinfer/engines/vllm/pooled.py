@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbinfer.contract.errors import (
-    ContextOverflow,
     NbinferError,
     NotSupported,
     RequestError,
@@ -18,9 +17,10 @@ from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import EmbeddingRequest, RerankRequest
 from nbinfer.contract.results import EmbeddingResult, Finished, PromptProgress, RerankResult
 from nbinfer.engines.jobs import Jobs
+from nbinfer.engines.prompts import check_texts
 from nbinfer.engines.protocol import EngineInfo, EngineLoad
 from nbinfer.engines.stream import Stream
-from nbinfer.engines.vectors import as_asked, nothing
+from nbinfer.engines.vectors import as_asked, check_dims, nothing
 from nbinfer.engines.vllm.generate import effective
 from nbinfer.engines.vllm.host import Host, words
 from nbinfer.engines.vllm.vocabulary import Vocabulary
@@ -128,19 +128,10 @@ class PooledEngine:
             tokens = [self._vocabulary.pair(request.query, document) for document in request.documents]
         elif isinstance(request, EmbeddingRequest) and self._mode is Mode.EMBEDDING:
             tokens = [self.tokenize(text, special=False) for text in request.texts]
-            size = self.info.dimensions or 0
-            if request.dims is not None and request.dims > size:
-                raise RequestError(f"dims={request.dims}, but {self._name} has vectors of {size} components.")
+            check_dims(request, self.info)
         else:
             raise NotSupported(f"{self._name} is loaded for {self._mode}: load a model in the mode you need.")
-        for i, ids in enumerate(tokens):
-            if len(ids) > self.info.context_size:
-                raise ContextOverflow(
-                    f"text {i} has {len(ids):,} tokens, but {self._name} takes at most "
-                    f"{self.info.context_size:,}. Shorten or split it.",
-                    prompt_tokens=len(ids),
-                    context_size=self.info.context_size,
-                )
+        check_texts(tokens, self.info)
         stream = Stream()
         self._jobs.put(_Job(request, tokens, stream))
         return stream
