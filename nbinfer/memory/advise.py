@@ -104,4 +104,7 @@ def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
 
 def _short(tokens: int) -> str:
     """Tokens as people say them: 4k, 12.5k, 768."""
-    return f"{tokens / 1024:.3g}k" if tokens >= 1024 else str(tokens)  # noqa: PLR2004 - one k
+    if tokens < 1024:  # noqa: PLR2004 - one k
+        return str(tokens)
+    thousands = tokens / 1024
+    return f"{thousands:.3g}k" if thousands < 999.5 else f"{thousands:,.0f}k"  # noqa: PLR2004 - no exponent

@@ -14,7 +14,7 @@ from support import synthetic
 from nbinfer.contract.errors import ConfigError, NbinferError, NotSupported
 from nbinfer.contract.memory import RequiredMemory
 from nbinfer.gguf import read_header
-from nbinfer.memory import DeviceEstimate, Estimate, estimate
+from nbinfer.memory import DeviceEstimate, Estimate, advise, estimate
 from nbinfer.memory.rearranged import NOTHING, Rearranging, rearranging
 
 if TYPE_CHECKING:
@@ -315,3 +315,11 @@ def test_the_processor_of_this_machine_has_known_layouts() -> None:
     assert set(rearranging().rows) <= {
         "Q2_K", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [(768, "768"), (4096, "4k"), (12_800, "12.5k"), (1 << 20, "1,024k"), (10**9, "976,562k")],
+)
+def test_tokens_are_said_without_exponents(tokens: int, said: str) -> None:
+    assert advise._short(tokens) == said
