@@ -43,6 +43,9 @@ class Host:
         Called in the thread; returns when the engine closes.
     stopped
         Called when nothing runs any more, with the error for whoever still waits; lets go of the model.
+    closed
+        Called when the engine is to end, from any thread: for a ``serve`` that waits for something else than
+        ``wake``.
     """
 
     def __init__(
@@ -55,12 +58,13 @@ class Host:
         prepare: Callable[[Any], None],
         serve: Callable[[], None],
         stopped: Callable[[NbinferError], None],
+        closed: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
         self.closing = False
         self.forked = False
         self._settings, self._variables, self._threads = settings, variables, threads
-        self._prepare, self._serve, self._stopped = prepare, serve, stopped
+        self._prepare, self._serve, self._stopped, self._closed = prepare, serve, stopped, closed
         self._problem: BaseException | None = None
         self._loaded = threading.Event()
         self.wake = threading.Condition()
@@ -86,7 +90,7 @@ class Host:
                 pass
         except BaseException:
             # vLLM cannot be stopped while it loads: the thread goes on alone, and frees what it has made.
-            self.closing = True
+            self._ask_to_end()
             if self._thread.ident is None:  # it never began
                 PLACE.leave(self)
             raise
@@ -114,11 +118,16 @@ class Host:
         """End the thread and give the memory back; idempotent."""
         if self.forked:
             return
+        self._ask_to_end()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _ask_to_end(self) -> None:
         with self.wake:
             self.closing = True
             self.wake.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        if self._closed is not None:
+            self._closed()
 
     def abandon(self) -> None:
         """Refuse all use: this is a forked child, where the thread does not exist."""

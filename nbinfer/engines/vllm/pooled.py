@@ -86,6 +86,7 @@ class PooledEngine:
             prepare=self._prepare,
             serve=self._serve,
             stopped=self._fail_all,
+            closed=self._jobs.close,
         )
 
     def _prepare(self, llm: Any) -> None:
