@@ -128,7 +128,8 @@ class RemoteEngine:
         self._renew = renew
         self._on_close = on_close
         self._name = self.info.model
-        self._lock = threading.Lock()
+        # Re-entrant: the garbage collector may cancel a stream in whatever thread it runs.
+        self._lock = threading.RLock()
         self._tasks: dict[Stream, asyncio.Task[None]] = {}
         self._closed = False
         self._waiting = 0
@@ -258,7 +259,7 @@ class RemoteEngine:
         """In a forked child, leave to the parent what is the parent's: requests, connections and model."""
         inherited.append((self._tasks, self._made, self._batch, self._on_close))
         # Another thread of the parent may have held the lock.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._tasks, self._waiting = {}, 0
         self._made = self._batch = self._on_close = None
 
