@@ -171,7 +171,8 @@ class LlamaCppBackend:
         gpu = _gpu()
         if gpu is not None and builds == ["CPU"]:
             return found, install_line(again=True)
-        if _amx_is_broken(library):
+        # A build for GPUs leaves weights in main memory as they are, and another one would lose the GPU.
+        if builds == ["CPU"] and _amx_is_broken(library):
             return BackendStatus(StatusWord.RUNNING, f"{found.detail}; {_WITHOUT_AMX}"), _amx_line()
         return found, ""
 

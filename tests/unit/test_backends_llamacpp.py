@@ -141,6 +141,16 @@ def test_a_build_that_does_not_compute_with_the_processors_amx_is_usable_and_can
     assert "-fno-tree-dse" in backend.advice()
 
 
+def test_a_build_for_gpus_is_not_to_be_replaced_for_amx(
+    site: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site("0.3.36", (LIBRARY, "libggml-cuda.so"))
+    monkeypatch.setattr("nbinfer.memory.rearranged.has_amx", lambda: True)
+    monkeypatch.setattr(llamacpp, "_gpu", lambda: "CUDA")
+    backend = LlamaCppBackend()
+    assert (backend.status().detail, backend.advice()) == ("llama.cpp 0.3.36 (CUDA)", "")
+
+
 @pytest.mark.parametrize(
     ("libraries", "gpu", "advised"),
     [((LIBRARY,), None, False), ((LIBRARY,), "CUDA", True), ((LIBRARY, "libggml-cuda.so"), "CUDA", False)],
