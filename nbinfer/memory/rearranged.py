@@ -34,7 +34,9 @@ _TILES = {
 }
 _TILE_ROWS = 32
 # Beside tiles these are copied unchanged: see :data:`nbinfer.memory.probe.amx.BATCHED`.
-_BATCHED = ("attn_k_b.weight", "attn_v_b.weight")
+_BATCHED = tuple(
+    f"{name}.weight" for name in ("attn_k_b", "attn_v_b", "attn_output_a", "altup_proj", "altup_unembd_proj")
+)
 _MATRIX, _EXPERTS = 2, 3  # dimensions
 
 
@@ -72,18 +74,22 @@ class Rearranging:
 NOTHING = Rearranging()
 
 
-@cache
 def rearranging() -> Rearranging:
     """Return what is rearranged on this machine.
 
     Read from the processor's flags: llama.cpp is built for the machine it is installed on. Whether AMX is
     used depends on the build as well, which is tried once, in a process of its own (0.1 s).
     """
+    return _rearranging(tiles=has_amx() and _amx_computes())
+
+
+@cache
+def _rearranging(*, tiles: bool) -> Rearranging:
     if platform.machine().lower() in ("arm64", "aarch64"):
         return Rearranging(_NEON)
     flags = _processor_flags()
     rows = _AVX512 if "avx512f" in flags else _AVX2 if "avx2" in flags else {}
-    return Rearranging(rows, tiles=has_amx() and _amx_computes())
+    return Rearranging(rows, tiles)
 
 
 def has_amx() -> bool:
@@ -102,6 +108,7 @@ def _amx_computes() -> bool:
         return False
 
 
+@cache
 def _processor_flags() -> frozenset[str]:
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - a stream

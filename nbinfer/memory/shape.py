@@ -165,9 +165,11 @@ class Part:
         """Return what of this part is copied, of the experts or of the rest; the last answer is kept."""
         if self.looked_up:
             return Copies()
-        if self._copies is None or self._copies[0] is not how:
-            self._copies = (how, self._copied(how, experts=False), self._copied(how, experts=True))
-        return self._copies[2] if experts else self._copies[1]
+        kept = self._copies
+        if kept is None or kept[0] is not how:
+            # Not read back: estimates of other settings are made in other threads.
+            kept = self._copies = (how, self._copied(how, experts=False), self._copied(how, experts=True))
+        return kept[2] if experts else kept[1]
 
     def _copied(self, how: Rearranging, *, experts: bool) -> Copies:
         n_bytes = added = 0

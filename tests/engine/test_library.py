@@ -6,16 +6,14 @@ import ctypes
 import itertools
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from perf_model import Shape, write_perf_model
 
 from nbinfer.engines.llamacpp.library import library, may_rearrange_weights
 from nbinfer.memory.probe import amx, amx_check
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.engine
 
@@ -45,6 +43,59 @@ def test_a_library_that_cannot_be_tried_does_not_compute_with_amx(tmp_path: Path
     broken.write_bytes(b"not a library")
     assert not amx.computes(str(broken))
     assert not amx.computes(str(tmp_path / "absent.so"))
+
+
+def test_a_build_without_the_functions_to_try_is_not_called_broken() -> None:
+    other = next(Path(library()._lib._name).parent.glob("*ggml-base*"))
+    assert not amx.computes(str(other))
+    assert not amx.is_broken(str(other))
+
+
+def test_without_an_interpreter_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", None)
+    path = library()._lib._name
+    assert (amx.computes(path), amx.is_broken(path)) == (False, False)
+
+
+def test_another_build_under_the_same_name_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = [1, 0]
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess((), ends.pop(0)))
+    path = tmp_path / "libllama.so"
+    path.write_bytes(b"one")
+    assert [amx.is_broken(str(path)) for _ in range(2)] == [True, True]
+    path.write_bytes(b"another")
+    assert amx.computes(str(path))
+
+
+def test_a_system_that_cannot_refuse_amx_leaves_weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: object) -> None:
+        raise TypeError(name)  # as Windows does, where no library is the program itself
+
+    bound = library()._lib
+    shared = ctypes.CDLL(bound._name, handle=bound._handle)
+    monkeypatch.setattr(amx, "has_amx", lambda _: True)
+    monkeypatch.setattr(amx, "computes", lambda _: False)
+    monkeypatch.setattr(ctypes, "CDLL", absent)
+    assert amx.may_rearrange(shared) is False
+
+
+def test_a_build_that_crashes_leaves_no_file_behind() -> None:
+    pytest.importorskip("resource")
+    tried = (
+        "import resource, runpy, sys\n"
+        "sys.argv = ['check', '/absent']\n"
+        "try:\n    runpy.run_path({!r}, run_name='__main__')\n"
+        "except OSError:\n    print(resource.getrlimit(resource.RLIMIT_CORE))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", tried.format(amx_check.__file__)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "(0, 0)"
 
 
 def test_the_check_finds_products_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

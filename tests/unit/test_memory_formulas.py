@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from nbinfer.memory import builder, rearranged
 from nbinfer.memory.analytic import layout
 from nbinfer.memory.graph import Graph, View
 from nbinfer.memory.layout import CPU
+from nbinfer.memory.probe import amx
 from nbinfer.memory.rearranged import NOTHING, Rearranging
 from nbinfer.memory.settings import (
     Numbers,
@@ -22,7 +24,7 @@ from nbinfer.memory.settings import (
     expert_patterns,
     split_layers,
 )
-from nbinfer.memory.shape import Shape, gpu_bytes, row_bytes
+from nbinfer.memory.shape import Copies, Part, Shape, gpu_bytes, row_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -257,11 +259,19 @@ def test_what_is_rearranged_depends_on_the_processor(
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(rearranged, "_processor_flags", lambda: frozenset(flags))
-    rearranged.rearranging.cache_clear()
+    rearranged._rearranging.cache_clear()
     try:
         assert set(rearranged.rearranging().rows) == expected
     finally:
-        rearranged.rearranging.cache_clear()
+        rearranged._rearranging.cache_clear()
+
+
+def test_a_build_that_is_installed_later_is_counted_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(rearranged, "has_amx", lambda: True)
+    for found in (False, True):
+        monkeypatch.setattr(rearranged, "_amx_computes", lambda found=found: found)
+        assert rearranged.rearranging().tiles is found
 
 
 TILES = Rearranging({"Q4_0": 8, "IQ4_NL": 8}, tiles=True)
@@ -293,8 +303,41 @@ def test_tiles_have_room_for_what_each_type_adds(
 ) -> None:
     tensor = TensorInfo("blk.0.x.weight", dimensions, kind, 0, stored)
     assert TILES.copied(tensor, expert=expert) == copied
-    assert TILES.copied(tensor._replace(name="blk.0.attn_k_b.weight")) == stored
     assert NOTHING.copied(tensor, expert=expert) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kept_whole"),
+    [
+        ("blk.0.attn_k_b.weight", True),
+        ("blk.11.attn_v_b.weight", True),
+        ("blk.3.attn_output_a.weight", True),
+        ("altup_proj.weight", True),
+        ("altup_unembd_proj.weight", True),
+        ("blk.0.attn_kv_b.weight", False),
+        ("blk.0.attn_output.weight", False),
+        ("blk.0.attn_output_b.weight", False),
+    ],
+)
+def test_matrices_of_several_slices_are_copied_unchanged_by_engine_and_formula(
+    name: str, kept_whole: bool
+) -> None:
+    tensor = TensorInfo(name, (64, 32, 4), "Q8_0", 0, 8704)
+    assert (re.search(amx.BATCHED, name) is not None) is kept_whole
+    assert TILES.copied(tensor) == (8704 if kept_whole else 0)
+
+
+def test_copies_are_those_asked_for_while_another_thread_asks_for_others() -> None:
+    class Shared(Part):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "_copies" and value is not None:  # the other thread's answer comes after ours
+                super().__setattr__(name, (NOTHING, Copies(), Copies()))
+
+    part = Shared()
+    part.add("attn_q.weight", TensorInfo("blk.0.attn_q.weight", (64, 32), "Q8_0", 0, 2176))
+    assert part.copies(TILES, experts=False).n_bytes == 2432
+    assert part.copies(NOTHING, experts=False).n_bytes == 0
 
 
 def test_rearranged_weights_do_not_stay_mapped(shape: Load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _SECONDS = 20.0
 FLAGS = "-fno-dse -fno-tree-dse"
 """With these, GCC builds a llama.cpp that computes with AMX."""
-BATCHED = r"\.attn_[kv]_b\.weight"
+BATCHED = r"\.attn_(?:[kv]_b|output_a)\.weight|altup_(?:unembd_)?proj\.weight"
 """Matrices of several slices that llama.cpp would put in AMX's layout, which has room for one slice only."""
 
 
@@ -41,7 +41,8 @@ def may_rearrange(library: ctypes.CDLL) -> bool:
     try:
         with _without_amx():
             return "AMX" not in amx_check.weight_layouts(amx_check.bind(library))
-    except (AttributeError, OSError):  # a build whose CPU backend is found in another way, or another system
+    except (AttributeError, OSError, TypeError):
+        # A build whose CPU backend is found in another way, or a system without signal stacks: Windows.
         return False
 
 
@@ -67,15 +68,26 @@ def is_broken(library: str) -> bool:
     return _tried(library) not in (0, amx_check.ABSENT)
 
 
-@cache
 def _tried(library: str) -> int:
     """Return how :mod:`.amx_check` ended for a library, in a process of its own: its exit status."""
+    try:
+        found = Path(library).stat()
+    except OSError:
+        return amx_check.ABSENT
+    return _ended(library, found.st_mtime_ns, found.st_size) if sys.executable else amx_check.ABSENT
+
+
+@cache
+def _ended(library: str, mtime: int, size: int) -> int:
+    del mtime, size  # another build under the same name is tried again
     try:
         tried = subprocess.run(  # noqa: S603 - our own interpreter and our own code
             [sys.executable, "-I", "-S", str(Path(amx_check.__file__)), library],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            # Or ggml starts a debugger at an abort, which takes seconds.
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
             timeout=_SECONDS,
             check=False,
         )

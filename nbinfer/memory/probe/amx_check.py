@@ -2,11 +2,12 @@
 
 Some builds end the process at the first product, which is why this is one of its own. The exit status is 0
 when every product of weights in AMX's layout is that of the same weights in the file's own, and ``ABSENT``
-where there is no such layout.
+where there is no such layout, or this build does not let it be tried.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import random
 import sys
@@ -22,7 +23,7 @@ _WIDTH, _OUTPUTS = 256, 64
 # Both sides multiply the same integers; the sums are rounded in another order.
 _TOLERANCE = 1e-4
 ABSENT = 2
-"""The exit status where the build, or the system, has no AMX."""
+"""The exit status where the build, or the system, has no AMX, or it cannot be tried."""
 
 
 class _InitParams(ctypes.Structure):
@@ -139,7 +140,12 @@ def wrong_types(library: ctypes.CDLL) -> list[int]:
 
 
 if __name__ == "__main__":
+    # A bad build crashes, here where the user's files are: it leaves no picture of its memory.
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         sys.exit(1 if wrong_types(ctypes.CDLL(sys.argv[1])) else 0)
-    except LookupError:
+    except (LookupError, AttributeError):
         sys.exit(ABSENT)
