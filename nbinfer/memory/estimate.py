@@ -7,6 +7,7 @@ child process that plans the load and allocates nothing.
 from __future__ import annotations
 
 import difflib
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, cast
@@ -380,18 +381,11 @@ def _build_uses_gpus() -> bool:
 def _estimate(header: Header, name: str, options: Mapping[str, Any], here: Machine) -> Estimate:
     if header.kind not in ("model", "vocabulary"):
         raise NotSupported(f"{name} is a GGUF {header.kind}, not a model of its own.")
-    try:
+    with _of_a_known_kind(name, header):
         shape = Shape.of(header)
         settings = _settings(shape, header, options, here)
         settings.check(shape)
         made = layout(shape, settings, [float(gpu.free) for gpu in here.gpus])
-    except NbinferError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CannotEstimate(
-            f"the memory of {name} cannot be estimated: its header is not that of a known architecture "
-            f"({header.architecture})."
-        ) from error
     measured, note = ask(header, settings, here, exact=options.get("exact"))
     sources = dict.fromkeys(("weights", "cache", "compute"), LLAMA_CPP if measured else FORMULA)
     sources |= {"state": FORMULA, "output": FORMULA, "projector": ASSUMED, "draft": FORMULA}
@@ -412,6 +406,20 @@ def _estimate(header: Header, name: str, options: Mapping[str, Any], here: Machi
         header=header,
         options=dict(options),
     )
+
+
+@contextmanager
+def _of_a_known_kind(name: str, header: Header) -> Iterator[None]:
+    """Say of a header that the formulas trip over that it is none they know."""
+    try:
+        yield
+    except NbinferError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CannotEstimate(
+            f"the memory of {name} cannot be estimated: its header is not that of a known architecture "
+            f"({header.architecture})."
+        ) from error
 
 
 def _settings(shape: Shape, header: Header, options: Mapping[str, Any], here: Machine) -> Settings:
@@ -520,9 +528,9 @@ def _add_companions(
     if projector is not None:
         devices[place] = replace(devices[place], projector=projector.weights_bytes)
     if draft is not None:
-        shape = Shape.of(draft)
         with_draft = replace(settings, parallel=1, n_outputs_max=1, experts_on_cpu=False, tensor_split=None)
-        made = layout(shape, with_draft, [float(gpu.free) for gpu in here.gpus])
+        with _of_a_known_kind(draft.name or "the draft model", draft):
+            made = layout(Shape.of(draft), with_draft, [float(gpu.free) for gpu in here.gpus])
         for number, held in made.held.items():
             at = number + 1
             mapped = held.weights - held.repacked if number == CPU and settings.mmap else 0

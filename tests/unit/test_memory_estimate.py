@@ -15,6 +15,7 @@ from nbinfer.contract.errors import ConfigError, NbinferError, NotSupported
 from nbinfer.contract.memory import RequiredMemory
 from nbinfer.gguf import read_header
 from nbinfer.memory import DeviceEstimate, Estimate, advise, estimate
+from nbinfer.memory.exact import CannotEstimate
 from nbinfer.memory.rearranged import NOTHING, Rearranging, rearranging
 
 if TYPE_CHECKING:
@@ -278,6 +279,15 @@ def test_a_projector_and_a_draft_model_are_counted(header: Load, tmp_path: Any) 
     both = plan(header("llama-3.1-8b"), gpus=["24GiB"], draft=draft)
     assert both.gpus[0].draft > 300 * MIB
     assert both.required.total_vram == pytest.approx(alone.required.total_vram + both.gpus[0].draft, abs=MIB)
+
+
+@pytest.mark.parametrize("width", [float("inf"), float("nan")])
+def test_a_draft_models_header_of_no_known_kind_is_refused_as_a_models_is(header: Load, width: float) -> None:
+    good = header("qwen3-0.6b")
+    odd = replace(good, metadata={**good.metadata, "qwen3.embedding_length": width})
+    for refused in (lambda: plan(odd), lambda: plan(good).again(draft=odd)):
+        with pytest.raises(CannotEstimate, match="known architecture"):
+            refused()
 
 
 REFUSED = [
