@@ -357,6 +357,8 @@ def _read_pandas(data: Any) -> Table:
     if isinstance(data, pd.DataFrame):
         names = _unique([_column_name(c) for c in data.columns])
         return Table(data.copy(deep=False), "pandas", "frame", names, len(data))
+    if isinstance(data, pd.MultiIndex):
+        raise RequestError("data is an index of several levels: pass index.to_frame(index=False).")
     if isinstance(data, pd.Index | pd.api.extensions.ExtensionArray):
         data = pd.Series(data)
     if not isinstance(data, pd.Series):

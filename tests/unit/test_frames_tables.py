@@ -212,6 +212,7 @@ def test_missing_dates_are_missing() -> None:
         (np.array([["a"]]), "it is a list"),
         (pd.DataFrame({"a": ["x"]}).groupby("a"), "pandas DataFrameGroupBy"),
         (pd.DataFrame({"a": ["x"]}).rolling(1), "pandas Rolling"),
+        (pd.MultiIndex.from_tuples([("a", "b")]), "to_frame"),
     ],
 )
 def test_other_data_is_refused_in_words(data: Any, says: str) -> None:
