@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,37 @@ def test_a_system_that_cannot_refuse_amx_leaves_weights_as_they_are(monkeypatch:
     monkeypatch.setattr(amx, "computes", lambda _: False)
     monkeypatch.setattr(ctypes, "CDLL", absent)
     assert amx.may_rearrange(shared) is False
+
+
+def test_two_threads_that_load_first_leave_stderr_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    if sys.platform != "linux":
+        pytest.skip("AMX is refused on Linux only")
+    bound = library()._lib
+    shared = ctypes.CDLL(bound._name, handle=bound._handle)
+    entered, first_left = threading.Event(), threading.Event()
+    second = threading.Thread(target=amx.may_rearrange, args=(shared,))
+
+    def layouts(_: object) -> dict[str, int]:
+        if threading.current_thread() is second:
+            entered.set()
+            first_left.wait(10)
+        else:
+            second.start()
+            entered.wait(0.2)
+        return {}
+
+    monkeypatch.setattr(amx, "has_amx", lambda _: True)
+    monkeypatch.setattr(amx, "computes", lambda _: False)
+    monkeypatch.setattr(amx_check, "weight_layouts", layouts)
+    before, kept = os.fstat(2), os.dup(2)
+    try:
+        assert amx.may_rearrange(shared)
+        first_left.set()
+        second.join()
+        assert os.path.samestat(os.fstat(2), before)
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def test_a_build_that_crashes_leaves_no_file_behind() -> None:

@@ -13,6 +13,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _SECONDS = 20.0
+# Models may be loaded in several threads: stderr, turned away twice, would not come back.
+_one_at_a_time = threading.Lock()
 FLAGS = "-fno-dse -fno-tree-dse"
 """With these, GCC builds a llama.cpp that computes with AMX."""
 BATCHED = r"\.attn_(?:[kv]_b|output_a)\.weight|altup_(?:unembd_)?proj\.weight"
@@ -39,7 +42,7 @@ def may_rearrange(library: ctypes.CDLL) -> bool:
     if not has_amx(library) or uses(library):
         return True
     try:
-        with _without_amx():
+        with _one_at_a_time, _without_amx():
             return "AMX" not in amx_check.weight_layouts(amx_check.bind(library))
     except (AttributeError, OSError, TypeError):
         # A build whose CPU backend is found in another way, or a system without signal stacks: Windows.
