@@ -43,7 +43,7 @@ def load(
     """Load a model and return it; the same call again returns the model that is already there.
 
     With other settings it takes the place of the one of its name. That one stays until the new one is there,
-    or goes before where there is no room for both; what is refused leaves it as it is.
+    or goes before where there is no room for both; a load that would not fit even then leaves it as it is.
 
     Parameters
     ----------
