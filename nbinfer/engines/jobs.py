@@ -101,6 +101,8 @@ class Jobs(Generic[J]):
             except BaseException as error:  # noqa: BLE001 - nobody may be left waiting
                 job.stream.fail(failure(error, job))
             self._current = None
+            # Its answer may be large: it is its reader's from here on.
+            del job
 
     def close(self) -> None:
         """Take no more requests, and end the serving after the present one; idempotent, from any thread."""

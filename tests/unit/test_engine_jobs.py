@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -136,3 +137,16 @@ def test_an_error_that_ends_the_engine_ends_every_request() -> None:
     with pytest.raises(EngineClosed):
         jobs.put(Job("late"))
     assert jobs.running == 0
+
+
+def test_an_answer_that_nobody_holds_is_gone_while_the_engine_waits() -> None:
+    jobs: Jobs[Job] = Jobs("m")
+    thread = serving(jobs, done, engine_error)
+    job, gone = Job("a"), threading.Event()
+    weakref.finalize(job.stream, gone.set)
+    jobs.put(job)
+    assert job.stream.result(30).vectors == "a"
+    del job
+    assert gone.wait(30)
+    jobs.close()
+    thread.join()
