@@ -71,6 +71,17 @@ def test_another_build_under_the_same_name_is_tried_again(
     assert amx.computes(str(path))
 
 
+def test_an_interrupt_of_the_kernel_does_not_reach_the_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sys.platform == "win32":
+        pytest.skip("no sessions of processes there")
+    trial = tmp_path / "trial.py"
+    trial.write_text("import os, sys\nsys.exit(os.getsid(0) != os.getpid())")
+    monkeypatch.setattr(amx_check, "__file__", str(trial))
+    assert amx.computes(str(trial))
+
+
 def test_a_system_that_cannot_refuse_amx_leaves_weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: object) -> None:
         raise TypeError(name)  # as Windows does, where no library is the program itself

@@ -91,6 +91,8 @@ def _ended(library: str, mtime: int, size: int) -> int:
             stderr=subprocess.DEVNULL,
             # Or ggml starts a debugger at an abort, which takes seconds.
             env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+            # An interrupt of the kernel reaches its whole group, and is not this build's failure.
+            start_new_session=True,
             timeout=_SECONDS,
             check=False,
         )
