@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import shutil
+import signal
 import struct
 import threading
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from nbinfer.memory.probe import (
     ProbeRefused,
     ProbeUnavailable,
     abi,
+    client,
     shared_probe,
 )
 from nbinfer.memory.probe.client import library_folder
@@ -252,6 +254,37 @@ def test_an_assertion_ends_the_child_and_the_next_request_starts_another(probe: 
         probe.measure(broken, size)
     assert probe.measure(content, size).context_size
     assert probe.pid != before
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_an_interrupted_request_leaves_no_answer_to_the_next_one(
+    header: Load, monkeypatch: pytest.MonkeyPatch, started: bool
+) -> None:
+    def interrupted(*_: object) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    here = Probe()
+    large, small = header("qwen3-30b-a3b"), header("qwen3-0.6b")
+    expected = here.measure(*small).on("CPU")
+    if not started:
+        here.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(client._Child, "receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            here.measure(*large)
+    assert here.measure(*small).on("CPU") == expected
+    here.close()
+
+
+def test_an_interrupt_of_the_whole_group_leaves_the_child(header: Load) -> None:
+    here = Probe()
+    expected = here.measure(*header("qwen3-0.6b"))
+    child = here.pid
+    assert child is not None
+    psutil.Process(child).send_signal(signal.SIGINT)
+    assert here.measure(*header("qwen3-0.6b")) == expected
+    assert here.pid == child
+    here.close()
 
 
 def test_a_child_that_does_not_answer_is_ended(header: Load) -> None:

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # The package without its `__init__` files: the child imports the standard library and these modules only.
+# An interrupt of the kernel reaches its whole group, and is not a failure of the probe.
 _BOOT = """
-import sys, types
+import signal, sys, types
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 folder, library, space = sys.argv[1:]
 for below in ("", "/memory", "/memory/probe"):
     package = types.ModuleType("nbinfer" + below.replace("/", "."))
@@ -294,6 +296,9 @@ class Probe:
         except ProbeFailed as failure:
             # One that cannot even start would not start the next time either.
             self._off = str(failure)
+        except BaseException:
+            self._end()
+            raise
         if self._off:
             self._end()
             raise ProbeUnavailable(f"the exact probe is switched off: {self._off}")
@@ -302,7 +307,8 @@ class Probe:
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
             answer = self._start().ask(request, self._timeout)
-        except ProbeFailed:
+        except BaseException:
+            # Also an interrupt: what the child says after it must not be taken for the next answer.
             self._end()
             raise
         if answer["ok"]:
