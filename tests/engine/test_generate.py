@@ -6,6 +6,7 @@ import json
 import random
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from nbinfer.contract.errors import (
 from nbinfer.contract.modes import Mode
 from nbinfer.contract.requests import CompletionRequest, Constraint, EmbeddingRequest, Sampling, ScoreRequest
 from nbinfer.contract.results import Delta, Finished, PromptProgress, Result
+from nbinfer.engines.llamacpp.context import NO_SPACE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -482,6 +484,32 @@ def test_more_text_than_the_context_holds_is_served_by_taking_turns() -> None:
     finally:
         engine.close()
         alone.close()
+
+
+def test_rows_that_fill_the_context_make_way_and_do_not_come_straight_back(
+    engine: CompletionEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What rows share is counted once, also where those that began together each hold it: the context may be
+    # full although the count says that there is room.
+    real, most = engine._context.decode, 0
+
+    def room_for_three() -> int:
+        nonlocal most
+        running = sum(slot.sequence is not None for slot in engine._slots)
+        most = max(most, running)
+        if running > 3:
+            engine._context.clear_batch()
+            return NO_SPACE
+        return real()
+
+    monkeypatch.setattr(engine._context, "decode", room_for_three)
+    constraint = Constraint("regex", "[a-z ]{60}")
+    requests = [replace(_request(f"A story of {n}", "batch", 60), constraint=constraint) for n in range(12)]
+    streams = [engine.submit(request) for request in requests]
+    cell = engine.submit(_request("What is the capital of Peru?"))
+    assert "Lima" in cell.result(timeout=20).text
+    assert [len(stream.result(timeout=20).text) for stream in streams] == [60] * 12
+    assert most > 3
 
 
 def test_a_failed_decode_fails_its_requests_and_the_engine_goes_on(

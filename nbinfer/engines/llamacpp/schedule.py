@@ -42,6 +42,7 @@ class Schedule:
         self._context, self._slots = context, slots
         self._prefixes, self._adapters = prefixes, adapters
         self._step = 0
+        self._crowd: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
 
     @property
@@ -53,6 +54,8 @@ class Schedule:
 
     def admit(self) -> None:
         """Give slots to waiting requests, cells before batch rows, as far as the context has room."""
+        if any(s.slot < 0 or self._slots[s.slot].sequence is not s for s in self._crowd):
+            self._crowd = []
         for sequence in sorted(self.waiting, key=lambda s: not s.interactive):
             while not self._has_room(sequence):
                 # Rows make way for a cell until it fits; nobody else is let in meanwhile.
@@ -70,7 +73,7 @@ class Schedule:
             return False
         if not taken:
             return True
-        if sequence.alone:
+        if sequence.alone or self._crowd:
             return False
         shared, apart = self._prefixes.cells(taken, sequence)
         if shared + apart > self._context.size:
@@ -106,6 +109,7 @@ class Schedule:
         sequence = slot.sequence
         assert sequence is not None  # noqa: S101 - callers choose taken slots
         self._prefixes.empty(slot)
+        self._crowd = []
         slot.sequence = None
         sequence.slot, sequence.position = -1, 0
         self.waiting.appendleft(sequence)
@@ -117,6 +121,9 @@ class Schedule:
         taken = [s for s in self._slots if s.sequence is not None]
         if len(taken) > 1:
             self.preempt(max(taken, key=youth))
+            # A beginning that is shared counts once, but those that began together each hold it. Until one of
+            # the others leaves nobody joins them: the one that made way would come back at once, for ever.
+            self._crowd = [s.sequence for s in taken if s.sequence is not None]
             return True
         return False
 
