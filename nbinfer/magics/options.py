@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -432,18 +433,25 @@ def describe(options: tuple[Option, ...]) -> list[tuple[str, str]]:
 
 
 def _aligned(rows: list[tuple[str, str]]) -> str:
+    # A narrow notebook and a terminal show a line of so many characters whole.
     width = max(len(left) for left, _ in rows)
-    return "\n".join(f"  {left:<{width}}  {right}" for left, right in rows)
+    below = "\n" + " " * (width + 4)
+    return "\n".join(
+        f"  {left:<{width}}  {below.join(textwrap.wrap(right, 79 - width - 4, break_on_hyphens=False))}"
+        for left, right in rows
+    )
 
 
 INFER_USAGE = """\
 %infer [options] [--] PROMPT     the rest of the line is the prompt
 %%infer [MODEL] [options]        the body is the prompt"""
 
-_INFER_NOTE = r"""Single braces are literal, double braces are expressions: {{ expression }} in the prompt,
-and in an option's value, is replaced by a value of this notebook, unless --raw is given. \mathbf{{x}}, which
-may be LaTeX or a value, is an error: --raw for the one, a space before {{ for the other. With --over,
-{column} is the value of the row, and a brace that is meant is written twice in the row's template."""
+_INFER_NOTE = r"""Single braces are literal, double braces are expressions: {{ expression }}
+in the prompt, and in an option's value, is replaced by a value of this
+notebook, unless --raw is given. \mathbf{{x}}, which may be LaTeX or a value, is
+an error: --raw for the one, a space before {{ for the other. With --over,
+{column} is the value of the row, and a brace that is meant is written twice in
+the row's template."""
 
 
 def infer_help() -> str:
