@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,11 @@ _KINDS = {
 }
 
 _STATE_COLUMNS = ("status", "state")
+_ADVICE_COLUMNS = ("install", "detail")
+_COMMAND = re.compile(
+    r"""(?:\$?[\w:]+=(?:"[^"]*"|'[^']*'|\S+)\s+)*pip (?:un)?install .+?(?=\s+\# |$)""", re.MULTILINE
+)
+"""What is to be typed, within advice; a remark may follow it, as in a shell."""
 
 
 def badge(status: str) -> str:
@@ -68,8 +74,18 @@ def _cell(name: str, value: Any) -> str:
         return f"<td>{badge(str(value))}</td>"
     if str(name).endswith("_bytes"):
         return f"<td>{escape(human_bytes(value))}</td>"
-    lines = escape(value).split("\n")
+    lines = (_advice(value) if name in _ADVICE_COLUMNS else escape(value)).split("\n")
     return f"<td>{'<br>'.join(lines)}</td>"
+
+
+def _advice(text: Any) -> str:
+    """Return text with its commands as code, each word of them whole."""
+    pieces, done = [], 0
+    for found in _COMMAND.finditer(str(text)):
+        words = (f"<span>{escape(word)}</span>" for word in found.group().split(" "))
+        pieces += [escape(str(text)[done : found.start()]), f"<code>{' '.join(words)}</code>"]
+        done = found.end()
+    return "".join([*pieces, escape(str(text)[done:])])
 
 
 def _running_model(row: Mapping[str, Any]) -> dict[str, Any]:

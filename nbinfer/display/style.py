@@ -41,6 +41,9 @@ _BASE = {
     "border-radius:3px;opacity:.55;cursor:pointer",
     " .nbinfer-copy::after": 'content:"Copy"',
     " .nbinfer-copy:hover,.nbinfer.nbinfer .nbinfer-copy:focus": "opacity:1",
+    # A command in a table: a click selects it whole, and it breaks between its words only.
+    " td>code": "user-select:all",
+    " td>code span": "white-space:nowrap",
     " blockquote": f"border-left:3px solid {_LINE};margin-left:0;padding-left:1em",
     " table": "border-collapse:collapse;font-size:inherit;margin:.3em 0",
     " th,.nbinfer.nbinfer td": f"border:1px solid {_LINE};padding:.2em .6em;text-align:left;color:inherit",

@@ -70,6 +70,30 @@ def test_columns_are_shown_by_their_meaning() -> None:
     assert frame_bundle(missing)[0]["text/html"].count("<td></td>") == 2
 
 
+@pytest.mark.parametrize(
+    ("advice", "command", "remark"),
+    [
+        ("pip install 'nbinfer[images]'", "pip install &#x27;nbinfer[images]&#x27;", ""),
+        (
+            "CXXFLAGS='-fno-dse -O' pip install --no-deps x  # builds it",
+            "CXXFLAGS=&#x27;-fno-dse -O&#x27; pip install --no-deps x",
+            "  # builds it",
+        ),
+        ("pip install a\nOr use <a file>.", "pip install a", "<br>Or use &lt;a file&gt;."),
+        ('$env:A="-D=on"; pip install a', "$env:A=&quot;-D=on&quot;; pip install a", ""),
+        ("put llama-server on the PATH", None, ""),
+    ],
+)
+def test_a_command_in_advice_is_code_and_reads_as_it_is_typed(
+    advice: str, command: str | None, remark: str
+) -> None:
+    page = badges_html([{"install": advice}])
+    code = [re.sub("</?span>", "", found) for found in re.findall("<code>(.*?)</code>", page)]
+    assert code == ([] if command is None else [command])
+    if command is not None:
+        assert f"</code>{remark}</td>" in page
+
+
 def test_loaded_models_are_shown_in_columns_that_fit_a_page() -> None:
     engine = Model(engine=FakeEngine(), name="fake", backend="llamacpp")
     session.add(engine)
@@ -113,7 +137,7 @@ def test_models_are_shown_in_columns_that_fit_a_page() -> None:
 
 def test_lines_of_a_text_stay_lines() -> None:
     frame = pd.DataFrame({"install": ["pip install x\nor <b>y</b>"]})
-    assert "<td>pip install x<br>or &lt;b&gt;y&lt;/b&gt;</td>" in frame_bundle(frame)[0]["text/html"]
+    assert "</code><br>or &lt;b&gt;y&lt;/b&gt;</td>" in frame_bundle(frame)[0]["text/html"]
 
 
 def test_an_empty_table_says_so() -> None:
