@@ -100,7 +100,8 @@ def _bar(device: Device) -> str:
     if device.available < whole:
         left = 100 * device.available / whole
         edge = f'<b style="left:{left:.2f}%" title="free {human_bytes(device.available)}"></b>'
-    legend = "".join(
+    # The space is all that parts them where style sheets are dropped: in untrusted notebooks, on GitHub.
+    legend = " ".join(
         f'<span><i style="background:{COLOURS[key]}"></i>{escape(label)} {human_bytes(size)}</span>'
         for key, label, size in shown
     )

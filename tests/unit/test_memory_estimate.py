@@ -263,6 +263,14 @@ def test_in_a_notebook_names_are_escaped_and_nothing_is_fetched(header: Load) ->
         assert part in html
 
 
+def test_parts_are_told_apart_where_style_sheets_are_dropped(header: Load) -> None:
+    import re
+
+    html = plan(header("llama-3.1-8b"), gpus=["24GiB"])._repr_mimebundle_()["text/html"]
+    words = re.sub("<[^>]*>", "", html)
+    assert re.search("weights [0-9.]+ [GMK]iB KV cache [0-9.]+ [GMK]iB compute ", words)
+
+
 def test_bars_never_run_out_of_their_frame(header: Load) -> None:
     import re
 
