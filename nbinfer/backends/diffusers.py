@@ -15,6 +15,8 @@ from nbinfer.contract.modes import Mode
 from nbinfer.contract.status import BackendStatus, StatusWord
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from nbinfer.backends.process import RunControl
     from nbinfer.contract.config import ModelConfig
     from nbinfer.engines.protocol import Engine
@@ -78,23 +80,35 @@ class DiffusersBackend:
         ModelLoadError, SafetensorsParseError
             The files cannot be loaded.
         """
-        if mode is not Mode.IMAGE_GENERATION:
-            raise NotSupported(
-                f"{name or path.name} makes images: load it with mode={str(Mode.IMAGE_GENERATION)!r}."
-            )
+        given = {**_asked(config), **options}
+        self.check(mode, given)
         self.install()
         from nbinfer.engines.diffusers import open_engine
 
-        given = {**_asked(config), **options}
+        return open_engine(path, name=name, **given)
+
+    def check(self, mode: Mode, options: Mapping[str, Any]) -> None:
+        """Refuse a mode that it does not serve, and an option that it does not have.
+
+        Raises
+        ------
+        ConfigError, NotSupported
+            As :meth:`open` does.
+        """
+        from nbinfer.engines.diffusers import open_engine
+
+        if mode is not Mode.IMAGE_GENERATION:
+            raise NotSupported(
+                f"an image pipeline makes images: load it with mode={str(Mode.IMAGE_GENERATION)!r}."
+            )
         known = [
             key
             for key, kind in inspect.signature(open_engine).parameters.items()
             if kind.kind is kind.KEYWORD_ONLY and key not in ("name", "digest", "on_progress")
         ]
-        for option in given:
+        for option in options:
             if option not in (*known, "digest", "on_progress"):
                 raise ConfigError(f"an image pipeline takes no {option}; it takes {', '.join(known)}.")
-        return open_engine(path, name=name, **given)
 
     def run(
         self,

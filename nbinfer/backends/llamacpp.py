@@ -26,7 +26,7 @@ from nbinfer.contract.modes import Mode
 from nbinfer.contract.status import BackendStatus, StatusWord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from nbinfer.backends.process import RunControl
     from nbinfer.contract.config import ModelConfig, SpeculativeConfig
@@ -204,17 +204,30 @@ class LlamaCppBackend:
         ModelLoadError
             The file cannot be loaded.
         """
+        options = {**_options(config), **options}
+        self.check(mode, options)
+        self.install()
+        from nbinfer.engines.llamacpp import open_engine
+
+        # A path that came as JSON, to a process of its own.
+        if isinstance(options.get("projector"), str):
+            options["projector"] = Path(options["projector"])
+        return open_engine(path, mode=mode, name=name, **options)
+
+    def check(self, mode: Mode, options: Mapping[str, Any]) -> None:
+        """Refuse a mode that it does not serve, and an option that it does not have.
+
+        Raises
+        ------
+        ConfigError, NotSupported
+            As :meth:`open` does.
+        """
+        from nbinfer.engines.llamacpp import open_engine
+
         if mode is Mode.IMAGE_GENERATION:
             raise NotSupported(
                 "llamacpp does not generate images; it serves completion, embedding and reranking."
             )
-        self.install()
-        from nbinfer.engines.llamacpp import open_engine
-
-        options = {**_options(config), **options}
-        # A path that came as JSON, to a process of its own.
-        if isinstance(options.get("projector"), str):
-            options["projector"] = Path(options["projector"])
         known = [
             key
             for key, kind in inspect.signature(open_engine).parameters.items()
@@ -223,7 +236,6 @@ class LlamaCppBackend:
         for option in options:
             if option not in known:
                 raise ConfigError(_unknown(option, known))
-        return open_engine(path, mode=mode, name=name, **options)
 
     def flag_options(self, flags: Sequence[str]) -> dict[str, Any]:
         """Return the engine's options that a list of flags stands for; see :func:`flag_options`."""
@@ -290,14 +302,13 @@ def install_line(*, again: bool = False) -> str:
 
 def _amx_is_broken(library: Path) -> bool:
     """Whether the processor has AMX and this build does not compute with it; the engine goes on without."""
-    from nbinfer.memory.probe import amx
-    from nbinfer.memory.rearranged import has_amx
+    from nbinfer.processor import amx, has_amx
 
     return has_amx() and amx.is_broken(str(library))
 
 
 def _amx_line() -> str:
-    from nbinfer.memory.probe.amx import FLAGS
+    from nbinfer.processor.amx import FLAGS
 
     rebuilt = f"--force-reinstall --no-deps --no-cache-dir --no-binary {DISTRIBUTION} {_quote(_REQUIREMENT)}"
     return f"CXXFLAGS={_quote(FLAGS)} pip install {rebuilt}  # builds llama.cpp: prompts 2 to 4 times as fast"

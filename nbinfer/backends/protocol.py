@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
     from nbinfer.backends.process import RunControl
@@ -123,6 +123,23 @@ class Updatable(Protocol):
 
     def update(self) -> None:
         """Bring a newer version, after a successful install."""
+        ...
+
+
+@runtime_checkable
+class ChecksOptions(Protocol):
+    """A backend that can refuse a mode or an option's name without loading anything."""
+
+    def check(self, mode: Mode, options: Mapping[str, Any]) -> None:
+        """Do nothing where ``open`` would take these, as far as their names say.
+
+        Raises
+        ------
+        ConfigError
+            There is no such option.
+        NotSupported
+            It does not serve the mode.
+        """
         ...
 
 

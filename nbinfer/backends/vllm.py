@@ -17,7 +17,7 @@ from nbinfer.contract.status import BackendStatus, StatusWord
 from nbinfer.engines.vllm.build import both_installed, installed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from nbinfer.backends.process import RunControl
@@ -190,6 +190,18 @@ class VllmBackend:
         from nbinfer.engines.vllm.kernel import open_engine
 
         return open_engine(path, mode=mode, name=name, config=config, **options)
+
+    def check(self, mode: Mode, options: Mapping[str, Any]) -> None:
+        """Refuse a mode that it does not serve, and an option that it does not have.
+
+        Raises
+        ------
+        ConfigError, NotSupported
+            As :meth:`open` does.
+        """
+        from nbinfer.engines.vllm.arguments import check_names
+
+        check_names(mode, options)
 
     def open_server(
         self,

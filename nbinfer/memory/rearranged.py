@@ -6,11 +6,12 @@ Rules of ggml's CPU backend: AMX's tiles first (``ggml/src/ggml-cpu/amx``), then
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
+
+from nbinfer.processor import flags, has_amx
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +34,7 @@ _TILES = {
     "F16": (16, 0),
 }
 _TILE_ROWS = 32
-# Beside tiles these are copied unchanged: see :data:`nbinfer.memory.probe.amx.BATCHED`.
+# Beside tiles these are copied unchanged: see :data:`nbinfer.processor.amx.BATCHED`.
 _BATCHED = tuple(
     f"{name}.weight" for name in ("attn_k_b", "attn_v_b", "attn_output_a", "altup_proj", "altup_unembd_proj")
 )
@@ -87,35 +88,17 @@ def rearranging() -> Rearranging:
 def _rearranging(*, tiles: bool) -> Rearranging:
     if platform.machine().lower() in ("arm64", "aarch64"):
         return Rearranging(_NEON)
-    flags = _processor_flags()
-    rows = _AVX512 if "avx512f" in flags else _AVX2 if "avx2" in flags else {}
+    known = flags()
+    rows = _AVX512 if "avx512f" in known else _AVX2 if "avx2" in known else {}
     return Rearranging(rows, tiles)
-
-
-def has_amx() -> bool:
-    """Whether this machine's processor multiplies tiles of bytes (AMX)."""
-    return "amx_int8" in _processor_flags()
 
 
 def _amx_computes() -> bool:
     from nbinfer.memory.probe import ProbeUnavailable, library_folder
     from nbinfer.memory.probe.abi import library_path
-    from nbinfer.memory.probe.amx import computes
+    from nbinfer.processor.amx import computes
 
     try:
         return computes(str(library_path(library_folder())))
     except (ProbeUnavailable, FileNotFoundError):
         return False
-
-
-@cache
-def _processor_flags() -> frozenset[str]:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - a stream
-            for line in file:
-                if line.startswith(("flags", "Features")):
-                    return frozenset(line.partition(":")[2].split())
-    except OSError:
-        pass
-    # Elsewhere: every processor that these systems still run on has them.
-    return frozenset(("avx2",)) if os.name == "nt" or platform.machine() == "x86_64" else frozenset()

@@ -153,8 +153,12 @@ def decide(asked: Asked) -> Decision:
     NbinferError
         A setting is refused.
     """
+    from nbinfer.backends.protocol import ChecksOptions
     from nbinfer.memory.machine import counted_as_free
 
+    if asked.where == "kernel" and isinstance(asked.backend, ChecksOptions):
+        # Before anything is unloaded for it: a name that is misspelled costs nobody a model.
+        asked.backend.check(asked.mode, asked.options)
     files, name = asked.files, asked.name or session.free_name(asked.files.name, asked.files.path)
     known = session.named(name)
     if known is not None and known.is_load_of(

@@ -15,7 +15,7 @@ import pytest
 from perf_model import Shape, write_perf_model
 
 from nbinfer.engines.llamacpp.library import library, may_rearrange_weights
-from nbinfer.memory.probe import amx, amx_check
+from nbinfer.processor import amx, amx_check
 
 pytestmark = pytest.mark.engine
 

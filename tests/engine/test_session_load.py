@@ -240,6 +240,18 @@ def test_a_reload_counts_what_the_old_one_gives_back_and_unloads_it_first(
     assert (nb.loaded(), there[-1]) == ([last], ["demo"]), "there until the new one was"
 
 
+def test_a_misspelled_option_costs_nobody_the_model_that_would_go(free: Callable[[int], None]) -> None:
+    model = nb.load("demo", threads=1, context_size=4096)
+    free(nb.estimate("demo", context_size=2048).ram.known)  # no room for both
+    for ask in (nb.load, nb.dry_run):
+        with pytest.raises(ConfigError, match="threads"):
+            ask("demo", context_size=2048, thread=1)
+        with pytest.raises(NotSupported, match="does not generate images"):
+            ask("demo", context_size=2048, mode="image-generation")
+    assert nb.loaded() == [model]
+    assert model.infer("What is 2 plus 3?").text == "2 plus 3 is 5."
+
+
 def test_what_a_model_gives_back_is_what_it_has_written_to() -> None:
     model = nb.load("demo", threads=1, context_size=65_536)
     ram, counted = model.memory.ram, _given_back(model)

@@ -37,7 +37,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delenv("LLAMA_CPP_LIB_PATH", raising=False)
     monkeypatch.setattr(llamacpp, "_gpu", lambda: None)
-    monkeypatch.setattr("nbinfer.memory.rearranged.has_amx", lambda: False)
+    monkeypatch.setattr("nbinfer.processor.has_amx", lambda: False)
 
     def install(
         version: str | None = None, libraries: tuple[str, ...] | None = None, *, loads: bool = True
@@ -134,7 +134,7 @@ def test_a_build_that_does_not_compute_with_the_processors_amx_is_usable_and_can
     site: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site("0.3.36", (LIBRARY,))  # no library at all: trying it fails
-    monkeypatch.setattr("nbinfer.memory.rearranged.has_amx", lambda: True)
+    monkeypatch.setattr("nbinfer.processor.has_amx", lambda: True)
     backend = LlamaCppBackend()
     assert backend.status().usable
     assert "AMX" in backend.status().detail
@@ -145,7 +145,7 @@ def test_a_build_for_gpus_is_not_to_be_replaced_for_amx(
     site: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site("0.3.36", (LIBRARY, "libggml-cuda.so"))
-    monkeypatch.setattr("nbinfer.memory.rearranged.has_amx", lambda: True)
+    monkeypatch.setattr("nbinfer.processor.has_amx", lambda: True)
     monkeypatch.setattr(llamacpp, "_gpu", lambda: "CUDA")
     backend = LlamaCppBackend()
     assert (backend.status().detail, backend.advice()) == ("llama.cpp 0.3.36 (CUDA)", "")

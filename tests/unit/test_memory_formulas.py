@@ -16,7 +16,6 @@ from nbinfer.memory import builder, rearranged
 from nbinfer.memory.analytic import layout
 from nbinfer.memory.graph import Graph, View
 from nbinfer.memory.layout import CPU
-from nbinfer.memory.probe import amx
 from nbinfer.memory.rearranged import NOTHING, Rearranging
 from nbinfer.memory.settings import (
     Numbers,
@@ -25,6 +24,7 @@ from nbinfer.memory.settings import (
     split_layers,
 )
 from nbinfer.memory.shape import Copies, Part, Shape, gpu_bytes, row_bytes
+from nbinfer.processor import amx
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -258,7 +258,7 @@ def test_what_is_rearranged_depends_on_the_processor(
     machine: str, flags: set[str], expected: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    monkeypatch.setattr(rearranged, "_processor_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(rearranged, "flags", lambda: frozenset(flags))
     rearranged._rearranging.cache_clear()
     try:
         assert set(rearranged.rearranging().rows) == expected

@@ -15,7 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from nbinfer.contract.errors import BackendUnavailable, NotSupported
-from nbinfer.memory.probe import amx
+from nbinfer.processor import amx
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -115,7 +115,7 @@ def _shared() -> ctypes.CDLL:
 
 @cache
 def may_rearrange_weights() -> bool:
-    """Whether weights may be rearranged for fast CPU kernels; see :mod:`nbinfer.memory.probe.amx`."""
+    """Whether weights may be rearranged for fast CPU kernels; see :mod:`nbinfer.processor.amx`."""
     return amx.may_rearrange(_shared())
 
 

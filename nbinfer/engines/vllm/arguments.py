@@ -20,7 +20,7 @@ from nbinfer.contract.units import parse_bytes
 from nbinfer.memory.defaults import CONTEXT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from nbinfer.engines.vllm.build import Device
     from nbinfer.gguf.safetensors import SafetensorsHeader
@@ -114,11 +114,7 @@ def arguments(
     from nbinfer.gguf.safetensors import read_safetensors
 
     asked = {**_configured(config), **{k: v for k, v in (options or {}).items() if v is not None}}
-    for name in asked:
-        if name not in OPTIONS:
-            raise ConfigError(_unknown(name))
-    if mode is Mode.IMAGE_GENERATION:
-        raise NotSupported("vllm does not generate images; it serves completion, embedding and reranking.")
+    check_names(mode, asked)
     header = read_safetensors(path)
     engine = _model(path, mode, asked, header)
     engine |= _running(asked, device)
@@ -138,6 +134,23 @@ def arguments(
         chat_template=_template(asked.get("chat_template", "")),
         threads=_count("threads", asked["threads"]) if "threads" in asked else None,
     )
+
+
+def check_names(mode: Mode, options: Collection[str]) -> None:
+    """Refuse a mode that vLLM does not serve here, and an option that it does not have.
+
+    Raises
+    ------
+    ConfigError
+        There is no such option.
+    NotSupported
+        It is the mode of image models.
+    """
+    for name in options:
+        if name not in OPTIONS:
+            raise ConfigError(_unknown(name))
+    if mode is Mode.IMAGE_GENERATION:
+        raise NotSupported("vllm does not generate images; it serves completion, embedding and reranking.")
 
 
 def environment(device: Device, given: VllmArguments) -> dict[str, str]:

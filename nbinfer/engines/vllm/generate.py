@@ -68,9 +68,6 @@ class CompletionEngine:
         kept of earlier ones.
     """
 
-    alone = True
-    """This process can hold no second one of its kind."""
-
     def __init__(
         self,
         given: VllmArguments,
@@ -168,6 +165,11 @@ class CompletionEngine:
                 self._engine.step()
         except Exception as e:
             raise load_failure(self._name, e) from e
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process can hold no second one of its kind; one that has died makes way."""
+        return not self._host.closing
 
     @property
     def end_tokens(self) -> frozenset[int]:

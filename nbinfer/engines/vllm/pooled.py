@@ -55,9 +55,6 @@ class PooledEngine:
         The environment for the load.
     """
 
-    alone = True
-    """This process can hold no second one of its kind."""
-
     def __init__(
         self,
         given: VllmArguments,
@@ -88,6 +85,11 @@ class PooledEngine:
             stopped=self._fail_all,
             closed=self._jobs.close,
         )
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process can hold no second one of its kind; one that has died makes way."""
+        return not self._host.closing
 
     def _prepare(self, llm: Any) -> None:
         """Read back what was loaded, and run it once: some models fail only then."""

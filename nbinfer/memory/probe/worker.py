@@ -25,8 +25,9 @@ import sys
 import tempfile
 from typing import Any
 
-from nbinfer.memory.probe import abi, amx
+from nbinfer.memory.probe import abi
 from nbinfer.memory.probe.pretend import Pretender
+from nbinfer.processor import amx
 
 _WARNING_LEVEL = 3
 _MIB = 1 << 20

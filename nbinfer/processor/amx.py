@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbinfer.memory.probe import amx_check
+from nbinfer.processor import amx_check
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
