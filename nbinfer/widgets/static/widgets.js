@@ -428,8 +428,10 @@ function requestsView(model, link) {
   const make = (first) => {
     const what = el("span"), who = el("span", { class: "nbinfer-w-facts" });
     const why = el("span", { class: "nbinfer-w-facts", id: uid("why") });
+    // The kernel may say this and that before it says that the request is stopping.
+    let pressed = false;
     const press = button("Stop", () => {
-      press.disabled = true;
+      press.disabled = pressed = true;
       link.send({ do: "stop", id: first.id });
     }, { "aria-describedby": why.id });
     const row = el("li", {}, el("div", { class: "nbinfer-w-main" }, what, el("div", {}, who)), why, press);
@@ -438,7 +440,7 @@ function requestsView(model, link) {
       say(who, r.model);
       set(press, "aria-label", `Stop: ${r.what}`);
       const held = link.blocked && !r.stopping;
-      press.disabled = r.stopping || held;
+      press.disabled = pressed || r.stopping || held;
       say(press, r.stopping ? "Stopping…" : "Stop");
       say(why, held ? "a cell holds the kernel: use ■" : "");
     };
