@@ -6,6 +6,7 @@ metadata of the two distributions that own the package, the platform, and the tr
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -200,8 +201,10 @@ class VllmBackend:
             As :meth:`open` does.
         """
         from nbinfer.engines.vllm.arguments import check_names
+        from nbinfer.engines.vllm.kernel import open_engine
 
-        check_names(mode, options)
+        # Beside what goes to vLLM, those that this side of it has itself: exact, and so on.
+        check_names(mode, options.keys() - inspect.signature(open_engine).parameters.keys())
 
     def open_server(
         self,

@@ -15,7 +15,7 @@ from support.vllm_engine import SETTINGS
 
 import nbinfer as nb
 from nbinfer import session
-from nbinfer.contract.errors import DoesNotFit, NotSupported
+from nbinfer.contract.errors import ConfigError, DoesNotFit, NotSupported
 from nbinfer.engines.vllm.process import undisturbed
 
 if TYPE_CHECKING:
@@ -123,6 +123,8 @@ def test_a_reload_that_does_not_fit_leaves_the_one_that_is_there(models: dict[st
     with pytest.raises(DoesNotFit, match="once the loaded one is gone"):
         nb.load("demo-hf", backend="vllm", where="kernel", name="vllm", **large)
     assert not nb.dry_run("demo-hf", backend="vllm", where="kernel", name="vllm", **large).fits
+    with pytest.raises(ConfigError, match="no option 'dtypes'"):
+        nb.load("demo-hf", backend="vllm", where="kernel", name="vllm", dtypes="float32")
     assert nb.get("vllm") is there
     assert nb.infer("What is 2 plus 3?", model="vllm").text == "2 plus 3 is 5."
 
