@@ -17,7 +17,7 @@ BANDS = (
     ("what a person touches", ("magics", "widgets", "plots", "display", "cli")),
     ("what is asked", ("frames", "bench", "session", "tables", "request_log")),
     ("who answers", ("sidecar", "backends", "engines")),
-    ("what is known beforehand", ("memory", "models", "gguf")),
+    ("what is known beforehand", ("memory", "models", "gguf", "processor")),
     ("the words they share", ("contract",)),
 )
 _WIDTH, _LEFT, _HEIGHT, _GAP = 740, 186, 46, 26
