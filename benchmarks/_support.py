@@ -20,6 +20,7 @@ from rich.table import Table
 
 from nbinfer.engines.llamacpp.library import library, may_rearrange_weights, uses_amx
 from nbinfer.models.demo import demo_embed_path, demo_path
+from nbinfer.processor import flags
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from perf_model import TYPES, perf_model
@@ -161,8 +162,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     fields = dict(line.split(":", 1) for line in lines[:30] if ":" in line)
     found = {key.strip(): value.strip() for key, value in fields.items()}
-    features = set(found.get("flags", "").split())
-    has = [name for name in ("avx2", "avx512f", "amx_int8") if name in features]
+    has = [name for name in ("avx2", "avx512f", "amx_int8") if name in flags()]
     return f"{found.get('model name', platform.machine())} ({' '.join(has)})"
 
 

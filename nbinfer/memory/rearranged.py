@@ -7,11 +7,13 @@ Rules of ggml's CPU backend: AMX's tiles first (``ggml/src/ggml-cpu/amx``), then
 from __future__ import annotations
 
 import platform
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
 from nbinfer.processor import flags, has_amx
+from nbinfer.processor.amx import BATCHED, computes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,10 +36,8 @@ _TILES = {
     "F16": (16, 0),
 }
 _TILE_ROWS = 32
-# Beside tiles these are copied unchanged: see :data:`nbinfer.processor.amx.BATCHED`.
-_BATCHED = tuple(
-    f"{name}.weight" for name in ("attn_k_b", "attn_v_b", "attn_output_a", "altup_proj", "altup_unembd_proj")
-)
+# Beside tiles these are copied unchanged.
+_BATCHED = re.compile(BATCHED)
 _MATRIX, _EXPERTS = 2, 3  # dimensions
 
 
@@ -58,7 +58,7 @@ class Rearranging:
 
     def copied(self, tensor: TensorInfo, *, expert: bool = False) -> int:
         """Return the bytes of the copy of a matrix that is multiplied with; 0: it stays in the file."""
-        if self.tiles and tensor.name.endswith(_BATCHED):
+        if self.tiles and _BATCHED.search(tensor.name):
             return tensor.n_bytes
         dimensions = len(tensor.shape)
         if dimensions != (_EXPERTS if expert else _MATRIX):
@@ -96,7 +96,6 @@ def _rearranging(*, tiles: bool) -> Rearranging:
 def _amx_computes() -> bool:
     from nbinfer.memory.probe import ProbeUnavailable, library_folder
     from nbinfer.memory.probe.abi import library_path
-    from nbinfer.processor.amx import computes
 
     try:
         return computes(str(library_path(library_folder())))

@@ -106,19 +106,12 @@ def plain_layout(library: ctypes.CDLL) -> int:
 
     It is that of mapped files. What is placed in main memory by name goes to the fast layouts all the same.
     """
-    functions = {}
-    for name, result, arguments in (
-        ("ggml_backend_cpu_buffer_from_ptr", ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_size_t)),
-        ("ggml_backend_buffer_get_type", ctypes.c_void_p, (ctypes.c_void_p,)),
-        ("ggml_backend_buffer_free", None, (ctypes.c_void_p,)),
-    ):
-        functions[name] = library[name]
-        functions[name].restype, functions[name].argtypes = result, arguments
+    ggml = amx_check.bind(library)
     room = ctypes.create_string_buffer(128)
     aligned = -(-ctypes.addressof(room) // 64) * 64
-    buffer = functions["ggml_backend_cpu_buffer_from_ptr"](aligned, 64)
-    kind = functions["ggml_backend_buffer_get_type"](buffer)
-    functions["ggml_backend_buffer_free"](buffer)
+    buffer = ggml["ggml_backend_cpu_buffer_from_ptr"](aligned, 64)
+    kind = ggml["ggml_backend_buffer_get_type"](buffer)
+    ggml["ggml_backend_buffer_free"](buffer)
     return int(kind)
 
 

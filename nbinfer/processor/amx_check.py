@@ -32,7 +32,6 @@ class _InitParams(ctypes.Structure):
 
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_init": (c_void_p, (_InitParams,)),
-    "ggml_free": (None, (c_void_p,)),
     "ggml_new_tensor_2d": (c_void_p, (c_void_p, c_int, c_int64, c_int64)),
     "ggml_mul_mat": (c_void_p, (c_void_p, c_void_p, c_void_p)),
     "ggml_new_graph": (c_void_p, (c_void_p,)),
@@ -43,6 +42,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_cpu_set_n_threads": (None, (c_void_p, c_int)),
     "ggml_backend_cpu_buffer_type": (c_void_p, ()),
     "ggml_backend_alloc_ctx_tensors_from_buft": (c_void_p, (c_void_p, c_void_p)),
+    "ggml_backend_cpu_buffer_from_ptr": (c_void_p, (c_void_p, c_size_t)),
+    "ggml_backend_buffer_get_type": (c_void_p, (c_void_p,)),
     "ggml_backend_buffer_free": (None, (c_void_p,)),
     "ggml_backend_tensor_set": (None, (c_void_p, c_void_p, c_size_t, c_size_t)),
     "ggml_backend_tensor_get": (None, (c_void_p, c_void_p, c_size_t, c_size_t)),
@@ -99,13 +100,13 @@ def _products(
     backend = ggml["ggml_backend_cpu_init"]()
     ggml["ggml_backend_cpu_set_n_threads"](backend, 2)
     matrix = ggml["ggml_new_tensor_2d"](held, kind, _WIDTH, _OUTPUTS)
-    buffers = [ggml["ggml_backend_alloc_ctx_tensors_from_buft"](held, layout)]
+    ggml["ggml_backend_alloc_ctx_tensors_from_buft"](held, layout)
     ggml["ggml_backend_tensor_set"](matrix, packed, 0, size)
     vectors = ggml["ggml_new_tensor_2d"](graph_held, _F32, _WIDTH, rows)
     product = ggml["ggml_mul_mat"](graph_held, matrix, vectors)
     graph = ggml["ggml_new_graph"](graph_held)
     ggml["ggml_build_forward_expand"](graph, product)
-    buffers.append(ggml["ggml_backend_alloc_ctx_tensors_from_buft"](graph_held, main_memory))
+    ggml["ggml_backend_alloc_ctx_tensors_from_buft"](graph_held, main_memory)
     ggml["ggml_backend_tensor_set"](vectors, inputs, 0, 4 * _WIDTH * rows)
     ggml["ggml_backend_graph_compute"](backend, graph)
     out = (c_float * (_OUTPUTS * rows))()
