@@ -94,6 +94,11 @@ class DeviceEstimate(Device):
         """Of the parts, what llama.cpp says that it holds: not the rows that it hands out, but the file."""
         return self.known - self.output + self.file_backed
 
+    @property
+    def working(self) -> int:
+        """Of the parts, the buffers to compute in."""
+        return self.compute
+
     def rows(self) -> Iterator[tuple[str, int, str]]:
         """Yield each part with its bytes and where that number comes from; what stays in the file too."""
         for part in (*COMPONENTS, "file_backed"):

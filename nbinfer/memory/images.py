@@ -82,6 +82,11 @@ class ImageDevice(Device):
         """Of the parts, the weights: they are there between two images too."""
         return self.known - self.activations
 
+    @property
+    def working(self) -> int:
+        """Of the parts, what one image is computed in."""
+        return self.activations
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON-able values; sizes in bytes."""
         return {**Device.to_dict(self), "verdict": self.verdict}

@@ -63,6 +63,11 @@ class Device:
         """Of the parts, what an engine says of itself that it holds."""
         return self.known
 
+    @property
+    def working(self) -> int:
+        """Of the parts, the buffers to compute in: main memory gives them when they are first written to."""
+        return 0
+
     def rows(self) -> Iterator[tuple[str, int, str]]:
         """Yield each part with its bytes and where that number comes from."""
         for part in self.PARTS:

@@ -214,12 +214,7 @@ def _given_back(model: Model) -> RequiredMemory:
     required = model.required
     if required is None:
         return RequiredMemory()
-    buffers = sum(
-        getattr(device, part, 0)
-        for device in model.memory.devices
-        if device.kind == "ram"
-        for part in ("compute", "activations")
-    )
+    buffers = sum(device.working for device in model.memory.devices if device.kind == "ram")
     mine = psutil.Process().memory_info()
     own = mine.rss - getattr(mine, "shared", 0)
     return replace(required, ram=max(0, min(required.ram - buffers, own)))
